@@ -1,0 +1,7 @@
+"""Sadam and SAMSGrad: Adam with a smoothly capped step, for PyTorch, Hugging Face and Lightning."""
+
+from sadam_integrations.calibration import chosen_betas
+from sadam_integrations.optimizer import PUBLISHED, Sadam, SadamW, SAMSGrad, SAMSGradW
+from sadam_integrations.version import __version__
+
+__all__ = ["PUBLISHED", "SAMSGrad", "SAMSGradW", "Sadam", "SadamW", "__version__", "chosen_betas"]

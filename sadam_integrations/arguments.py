@@ -1,0 +1,79 @@
+"""What a parameter group may hold: every value is checked before anything is changed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from sadam_integrations import backends
+from sadam_integrations.update import BIAS_CORRECTIONS
+
+LARGEST_BETA = 1e38
+"""The largest power of ten that float32 holds."""
+
+
+def check(source: str, group: dict[str, Any]) -> None:
+    """Raises if a value of a parameter group is not one that the optimizers accept.
+
+    Args:
+        source: Who gave the values: the beginning of the message.
+        group: A whole parameter group; keys that are not the optimizers' own are ignored.
+
+    Raises:
+        ValueError: If a value is out of its range.
+        TypeError: If a value has the wrong type.
+        RuntimeError: If ``fused`` is true.
+    """
+    lr, betas, beta, weight_decay = group["lr"], group["betas"], group["beta"], group["weight_decay"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"{source}: Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+        if group["foreach"] and not group["capturable"]:
+            raise ValueError(
+                f"{source}: lr as a Tensor is not supported for capturable=False and foreach=True: "
+                f"set capturable=True, or leave foreach=None"
+            )
+    elif not _is_number(lr):
+        raise TypeError(f"{source}: Invalid learning rate: {lr!r}: lr is a number or a 0-dim tensor")
+    elif not 0 <= lr < math.inf:
+        raise ValueError(f"{source}: Invalid learning rate: {lr}: lr is at least 0 and finite")
+
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"{source}: betas={betas!r} is not a pair of numbers such as (0.9, 0.999)")
+    for i, rate in enumerate(betas):
+        if not _is_number(rate):
+            raise TypeError(f"{source}: Invalid beta parameter at index {i}: {rate!r}: betas are two plain numbers")
+        if not 0 <= rate < 1:
+            raise ValueError(f"{source}: Invalid beta parameter at index {i}: {rate}: each of betas is in [0, 1)")
+
+    if isinstance(beta, (tuple, list)):
+        raise TypeError(
+            f"{source}: beta={beta!r} is a pair: did you mean betas={tuple(beta)!r}? beta is the sharpness of the "
+            f'softplus, a positive number or "auto"'
+        )
+    if beta != "auto" and not _is_number(beta):
+        raise TypeError(f'{source}: Invalid beta: {beta!r}: beta is a positive number or "auto"')
+    if beta != "auto" and not 0 < beta < LARGEST_BETA:
+        raise ValueError(f'{source}: Invalid beta: {beta}: beta is positive and below {LARGEST_BETA:g}, or "auto"')
+
+    if not _is_number(weight_decay):
+        raise TypeError(f"{source}: Invalid weight_decay value: {weight_decay!r}: weight_decay is a number")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"{source}: Invalid weight_decay value: {weight_decay}: weight_decay is at least 0 and finite")
+
+    form = group["bias_correction"]
+    if form not in BIAS_CORRECTIONS:
+        raise ValueError(f"{source}: Invalid bias_correction: {form!r}: it is one of {', '.join(BIAS_CORRECTIONS)}")
+    if beta == "auto" and form != "inner":
+        raise ValueError(
+            f'{source}: beta="auto" measures the corrected denominator and needs bias_correction="inner", '
+            f"not {form!r}: give beta a number (the paper's is 50)"
+        )
+    if group["fused"]:
+        raise RuntimeError(f"{source}: {backends.NO_FUSED}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,166 @@
+"""``beta="auto"``: the softplus floor measured from each parameter's own second moment."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from sadam_integrations.update import LN2
+
+logger = logging.getLogger(__name__)
+
+FLOOR = 1.75
+"""The floor of the denominator, in units of the quantile below."""
+
+QUANTILE = 0.25
+"""Which quantile of a tensor's ``sqrt(v)`` the floor is measured by; the few with large gradients do not move it."""
+
+SETTLED = 64
+"""From this step on, a parameter's beta counts as settled."""
+
+
+def is_due(step: int, beta: float) -> bool:
+    """Whether a parameter that takes its ``step``-th step is measured: at powers of two, or when it never was."""
+    return beta == 0 or step & (step - 1) == 0
+
+
+def measure(exp_avg_sqs: Iterable[Tensor], corrections: Sequence[float]) -> list[float]:
+    """The beta of each parameter, from its second moment as the coming update will use it.
+
+    ``beta = ln 2 / (FLOOR * q)``, where ``q`` is the ``QUANTILE`` of the bias-corrected ``sqrt(v)`` over the
+    coordinates that have had a gradient. Coordinates that never had one, or whose ``sqrt(v)`` is too small beside the
+    largest to be told from zero in float32, do not count; neither do infinities and NaN. The quantile is read off a
+    histogram over the exponent and the top mantissa bits of v, so multiplying the loss by a power of two multiplies
+    beta by its inverse and changes nothing else, and a sharded tensor (DTensor) is measured as a whole by adding up
+    small integers.
+
+    Args:
+        exp_avg_sqs: Second moments (SAMSGrad: their maxima), float32 or float64, any shapes.
+        corrections: The factor that turns each parameter's ``sqrt(exp_avg_sq)`` into Adam's denominator.
+
+    Returns:
+        One beta for each tensor; 0.0 where there is nothing to measure.
+    """
+    quantiles = [_quantile(_histogram(v)) for v in exp_avg_sqs]
+    floors = [FLOOR * math.sqrt(q) * correction for q, correction in zip(quantiles, corrections, strict=True)]
+    return [LN2 / floor if floor else 0.0 for floor in floors]
+
+
+MANTISSA = 3  # bits: eight bins an octave of v
+
+
+def _histogram(exp_avg_sq: Tensor) -> Tensor:
+    """Counts the entries by exponent and leading mantissa bits: int64 of shape (2048,), or (16384,) for float64."""
+    sharded: Any = exp_avg_sq if hasattr(exp_avg_sq, "to_local") else None
+    local = exp_avg_sq if sharded is None else sharded.to_local()
+    if local.dtype == torch.float64:
+        integer, shift, bins = torch.int64, 52 - MANTISSA, 2048 << MANTISSA
+    else:
+        integer, shift, bins = torch.int32, 23 - MANTISSA, 256 << MANTISSA
+    bits = local.contiguous().view(-1).view(integer)
+    counts = torch.bincount((bits & torch.iinfo(integer).max) >> shift, minlength=bins)
+    if sharded is None:
+        return counts
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    placements = [Replicate() if p.is_replicate() else Partial("sum") for p in sharded.placements]
+    return DTensor.from_local(counts, sharded.device_mesh, placements, run_check=False).full_tensor()
+
+
+def _quantile(histogram: Tensor) -> float:
+    """The ``QUANTILE`` of the live entries of a histogram, 0.0 if there are none."""
+    counts = histogram.tolist()
+    octave = 1 << MANTISSA
+    finite = range(octave, len(counts) - octave)  # without zeros and subnormals, and without infinities and NaN
+    largest = max((i for i in finite if counts[i]), default=0)
+    live = range(max(octave, largest - 46 * octave), largest + 1)  # 46 octaves of v are 23 of sqrt(v): float32's digits
+    rank = QUANTILE * sum(counts[i] for i in live)
+    for i in live:
+        if counts[i] and rank <= counts[i]:
+            low, high = (_lower_edge(j, len(counts)) for j in (i, i + 1))
+            return low + (high - low) * rank / counts[i]
+        rank -= counts[i]
+    return 0.0
+
+
+def _lower_edge(index: int, bins: int) -> float:
+    octave = 1 << MANTISSA
+    return math.ldexp(1 + index % octave / octave, index // octave - (bins // octave // 2 - 1))
+
+
+def is_frozen() -> bool:
+    """Whether a CUDA graph is being captured: nothing may be read from the device then, so no beta is measured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def warn_frozen(name: str, how: str, betas: Sequence[float]) -> None:
+    """Warns, once a process, that a captured or compiled step keeps the betas it was built with."""
+    warnings.warn(
+        f'{name}: beta="auto" is not measured again under {how}: the step keeps the betas of now, and '
+        f"{betas.count(0.0)} of {len(betas)} parameters have none yet and would not move. "
+        f"Take {SETTLED} ordinary steps first, or give beta a number.",
+        stacklevel=2,
+    )
+
+
+def warn_flat(name: str, params: Sequence[Tensor]) -> None:
+    """Warns, once a process, that FSDP1 hands over flat pieces of parameters."""
+    if any(getattr(p, "_fsdp_flattened", False) for p in params):
+        warnings.warn(
+            f'{name}: beta="auto" measures the flat pieces that FullyShardedDataParallel hands to the optimizer, not '
+            f"whole parameters. To measure whole ones, shard with torch.distributed.fsdp.fully_shard (FSDP2).",
+            stacklevel=2,
+        )
+
+
+def log_settled(name: str, measured: Sequence[tuple[int, float]]) -> None:
+    """Logs one line when the betas of a group settle.
+
+    Args:
+        name: The optimizer's name.
+        measured: The step count and the beta of each parameter measured at this step.
+    """
+    settled = sorted(beta for step, beta in measured if step == SETTLED and beta)
+    if settled:
+        logger.info(
+            '%s: beta="auto" settled for %d parameters: median %.3g, from %.3g to %.3g',
+            name, len(settled), statistics.median(settled), settled[0], settled[-1],
+        )  # fmt: skip
+
+
+def chosen_betas(optimizer: Optimizer, model: Module | None = None) -> dict[str, float]:
+    """The beta that each parameter of an optimizer is trained with now.
+
+    Args:
+        optimizer: One of this package's, also inside the wrappers of accelerate, Lightning and DeepSpeed.
+        model: Gives the parameters' names. Without it they are those the optimizer was built with
+            (``Sadam(model.named_parameters())``), or else ``"group.index"``.
+
+    Returns:
+        From name to beta, in the optimizer's order. Under "auto", 0.0 means not measured yet: the parameter has not
+        had a gradient.
+
+    Raises:
+        TypeError: If the optimizer has no softplus beta.
+    """
+    while "beta" not in optimizer.defaults and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if "beta" not in optimizer.defaults:
+        raise TypeError(f"{type(optimizer).__name__} has no softplus beta: only this package's optimizers have one")
+    names = {} if model is None else {p: name for name, p in model.named_parameters()}
+    betas = {}
+    for i, group in enumerate(optimizer.param_groups):
+        for j, p in enumerate(group["params"]):
+            name = names.get(p) or (group["param_names"][j] if "param_names" in group else f"{i}.{j}")
+            auto = group["beta"] == "auto"
+            betas[name] = optimizer.state[p].get("beta", 0.0) if auto else float(group["beta"])
+    return betas

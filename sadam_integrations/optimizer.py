@@ -1,0 +1,358 @@
+"""The four optimizers: their arguments, parameter groups, state and checkpoints. The arithmetic is in the backends."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from sadam_integrations import backends, calibration
+from sadam_integrations.arguments import check
+from sadam_integrations.update import BiasCorrection, corrections, gradient, second_moment, widen
+
+PUBLISHED: dict[str, Any] = {"lr": 1e-2, "beta": 50.0, "bias_correction": "outer"}
+"""The setting of the paper's experiments and of the official code: ``Sadam(params, **PUBLISHED)``."""
+
+IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")  # a checkpoint does not change how a step is run
+FOREIGN = ("eps", "amsgrad", "decoupled_weight_decay")  # what torch's Adam and AdamW save and these classes do not have
+
+
+class Sadam(Optimizer):
+    r"""Adam whose step is capped smoothly: the denominator is ``softplus(sqrt(v))`` instead of ``sqrt(v) + eps``.
+
+    Tong, Liang, Bi, "Calibrating the Adaptive Learning Rate to Improve Convergence of ADAM", arXiv 1908.00700. For the
+    gradient :math:`g_t` and :math:`\text{sp}_\beta(x) = \log(1 + e^{\beta x}) / \beta`,
+
+    .. math::
+        m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \quad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \quad
+        \theta_t = \theta_{t-1} - \frac{\text{lr}}{1 - \beta_1^t}
+        \frac{m_t}{\text{sp}_\beta\big(\sqrt{v_t / (1 - \beta_2^t)}\big)}
+
+    The denominator is never below ``ln 2 / beta``, so there is no epsilon. The paper's results are for
+    ``Sadam(params, **PUBLISHED)`` on CNNs; the default, ``beta="auto"``, is this package's own and keeps AdamW's
+    learning rate.
+
+    Args:
+        params: Parameters, named parameters or parameter groups to optimize.
+        lr: Learning rate, at least 0; AdamW's value carries over with ``beta="auto"``. The default is Adam's.
+        betas: Decay rates of the means of the gradient and of its square, each in [0, 1). The defaults are Adam's.
+        beta: Sharpness of the softplus, a positive number in units of 1/gradient, or "auto" to measure it for each
+            parameter tensor so that the floor ``ln 2 / beta`` is a fixed fraction of its own ``sqrt(v)``.
+            "auto" makes training independent of the loss's scale; a number does not. The paper uses 50.
+        weight_decay: Weight decay coefficient, at least 0, added to the gradient as in Adam (L2).
+        bias_correction: Where the bias of the moments is corrected. "inner" is Adam's own place, inside the softplus;
+            "outer" is the official code's, a factor on the learning rate; "none" is the paper's pseudo-code.
+            "auto" needs "inner".
+        maximize: Maximize the objective instead of minimizing it.
+        foreach: Use torch's multi-tensor operators. None picks: yes on a GPU, no on a CPU, where they are slower.
+        fused: Use one fused kernel. None picks the fastest backend there is; this version has no kernel, so True is an
+            error.
+        capturable: Keep the step count on the parameter's device, so that the step can be captured in a CUDA graph.
+        differentiable: Let autograd differentiate through the step; beta is a constant then.
+
+    Raises:
+        ValueError: If a value is out of its range, "auto" meets a published form of the bias correction, or params is
+            empty.
+        TypeError: If a value has the wrong type.
+        RuntimeError: If ``fused=True``.
+
+    Example::
+
+        optimizer = Sadam(model.parameters(), lr=1e-3)
+        loss_fn(model(input), target).backward()
+        optimizer.step()
+    """
+
+    _amsgrad = False
+    _decoupled = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        *,
+        beta: float | Literal["auto"] = "auto",
+        weight_decay: float = 0.0,
+        bias_correction: BiasCorrection = "inner",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        super().__init__(params, _defaults(locals()))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters after checking its values; missing ones are the constructor's."""
+        check(type(self).__name__, {**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss. Called once, first, with gradients enabled.
+
+        Returns:
+            What the closure returned, or ``None``.
+
+        Raises:
+            RuntimeError: If a gradient is sparse; no parameter has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        for group in self.param_groups:
+            if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
+                name = type(self).__name__
+                raise RuntimeError(f"{name} does not support sparse gradients: use torch.optim.SparseAdam for them")
+
+        for group in self.param_groups:
+            with torch.set_grad_enabled(group["differentiable"]):
+                self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        exp_avgs: list[Tensor] = []
+        exp_avg_sqs: list[Tensor] = []
+        max_exp_avg_sqs: list[Tensor | None] = []
+        steps: list[Tensor] = []
+        betas: list[float] = []
+        self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas)
+        if not params:
+            return
+        for step in steps:
+            step += 1
+        as_tensors = group["capturable"] or group["differentiable"] or torch.compiler.is_compiling()
+        run = backends.pick(params, group)
+        run(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            steps if as_tensors else [step.item() for step in steps],
+            betas,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            decoupled=self._decoupled,
+            bias_correction=group["bias_correction"],
+            maximize=group["maximize"],
+        )
+
+    def _init_group(self, group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas) -> None:
+        """Fills the lists with each parameter that has a gradient, its state and its beta.
+
+        torch.compile runs a method of this name eagerly while it traces ``step``.
+        """
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if "step" not in state:
+                on_device = group["capturable"] or group["fused"]
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            if self._amsgrad and "max_exp_avg_sq" not in state:
+                state["max_exp_avg_sq"] = state["exp_avg_sq"].clone()
+            if group["beta"] == "auto":
+                state.setdefault("beta", 0.0)
+            params.append(p)
+            grads.append(p.grad)
+            exp_avgs.append(state["exp_avg"])
+            exp_avg_sqs.append(state["exp_avg_sq"])
+            max_exp_avg_sqs.append(state["max_exp_avg_sq"] if self._amsgrad else None)
+            steps.append(state["step"])
+        if group["beta"] == "auto":
+            with torch.no_grad():
+                self._calibrate(group, params, grads)
+            betas.extend(self.state[p]["beta"] for p in params)
+        else:
+            betas.extend([group["beta"]] * len(params))
+
+    def _calibrate(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        """Measures beta for the parameters that are due, from the second moments that the coming update will use."""
+        states = [self.state[p] for p in params]
+        betas = [state["beta"] for state in states]
+        if calibration.is_frozen():
+            calibration.warn_frozen(type(self).__name__, "CUDA graph capture", betas)
+            return
+        steps = [int(state["step"].item()) + 1 for state in states]
+        due = [i for i in range(len(states)) if calibration.is_due(steps[i], betas[i])]
+        if torch.compiler.is_compiling():
+            due = [i for i in due if not betas[i]]
+            if min(steps) <= calibration.SETTLED:
+                calibration.warn_frozen(type(self).__name__, "torch.compile", betas)
+        beta1, beta2 = group["betas"]
+
+        def second_moments() -> Iterator[Tensor]:
+            decay = {"weight_decay": group["weight_decay"], "decoupled": self._decoupled}
+            for i in due:
+                grad = gradient(widen(params[i]), widen(grads[i]), maximize=group["maximize"], **decay)
+                v = second_moment(widen(states[i]["exp_avg_sq"]), grad, beta2)
+                yield torch.maximum(widen(states[i]["max_exp_avg_sq"]), v) if self._amsgrad else v
+
+        calibration.warn_flat(type(self).__name__, params)
+        factors = [float(corrections(steps[i], beta1, beta2, group["bias_correction"])[1]) for i in due]
+        for i, beta in zip(due, calibration.measure(second_moments(), factors), strict=True):
+            states[i]["beta"] = beta or states[i]["beta"]
+        calibration.log_settled(type(self).__name__, [(steps[i], states[i]["beta"]) for i in due])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a saved state, also one of ``torch.optim.Adam`` or ``AdamW``: their moments and steps are kept.
+
+        The flags ``foreach``, ``fused``, ``capturable`` and ``differentiable`` keep the values given to the
+        constructor. Everything else is the checkpoint's; a ``beta`` or ``bias_correction`` that differs from the
+        one asked for is named in a warning. What the checkpoint lacks is filled in from the constructor's values.
+
+        Args:
+            state_dict: What ``state_dict()`` returned.
+        """
+        groups = []
+        for i, saved in enumerate(state_dict["param_groups"]):
+            mine = self.param_groups[i] if i < len(self.param_groups) else self.defaults
+            loaded = {k: v for k, v in saved.items() if k not in FOREIGN}
+            loaded |= {k: mine[k] for k in self.defaults if k in IMPLEMENTATION or k not in saved}
+            check(f"{type(self).__name__}.load_state_dict", loaded)
+            for key in ("beta", "bias_correction"):
+                if loaded[key] != mine[key]:
+                    warnings.warn(
+                        f"{type(self).__name__}: the checkpoint was made with {key}={loaded[key]!r} and training goes "
+                        f"on with it, not with the {key}={mine[key]!r} asked for. To change it, set it in "
+                        f"optimizer.param_groups after loading.",
+                        stacklevel=2,
+                    )
+            groups.append(loaded)
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Completes what an older version, an Adam checkpoint or a pickle may lack."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            on_device = group["capturable"] or group["fused"]
+            for p in group["params"]:
+                if len(saved := self.state.get(p, {})):
+                    device = p.device if on_device else "cpu"
+                    saved["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).to(device)
+
+
+class SAMSGrad(Sadam):
+    r"""Sadam with the largest second moment so far: AMSGrad with the softplus denominator.
+
+    The same as :class:`Sadam` with :math:`v_t` in the denominator replaced by :math:`\max(v_1, \dots, v_t)`, as in
+    Algorithm 2 of arXiv 1908.00700. The maximum is of the raw second moment and is corrected afterwards.
+
+    Args:
+        params: Parameters, named parameters or parameter groups to optimize.
+
+    The other arguments, and the errors, are those of :class:`Sadam`.
+    """
+
+    _amsgrad = True
+    _decoupled = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        *,
+        beta: float | Literal["auto"] = "auto",
+        weight_decay: float = 1e-2,
+        bias_correction: BiasCorrection = "inner",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        Optimizer.__init__(self, params, _defaults(locals()))
+
+
+class SadamW(Sadam):
+    r"""Sadam with decoupled weight decay, as AdamW is to Adam.
+
+    The same as :class:`Sadam` except that weight decay does not pass through the moments (Loshchilov, Hutter,
+    arXiv 1711.05101): the parameter shrinks by ``1 - lr * weight_decay`` before each step.
+
+    Args:
+        params: Parameters, named parameters or parameter groups to optimize.
+        weight_decay: Weight decay coefficient, at least 0: the parameter shrinks by ``1 - lr * weight_decay`` each
+            step. The default is AdamW's.
+
+    The other arguments, and the errors, are those of :class:`Sadam`.
+    """
+
+    _amsgrad = False
+    _decoupled = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        *,
+        beta: float | Literal["auto"] = "auto",
+        weight_decay: float = 1e-2,
+        bias_correction: BiasCorrection = "inner",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        Optimizer.__init__(self, params, _defaults(locals()))
+
+
+class SAMSGradW(Sadam):
+    r"""SAMSGrad with decoupled weight decay, as AdamW is to Adam.
+
+    The same as :class:`SAMSGrad` except that weight decay does not pass through the moments (Loshchilov, Hutter,
+    arXiv 1711.05101): the parameter shrinks by ``1 - lr * weight_decay`` before each step.
+
+    Args:
+        params: Parameters, named parameters or parameter groups to optimize.
+        weight_decay: Weight decay coefficient, at least 0: the parameter shrinks by ``1 - lr * weight_decay`` each
+            step. The default is AdamW's.
+
+    The other arguments, and the errors, are those of :class:`Sadam`.
+    """
+
+    _amsgrad = True
+    _decoupled = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        *,
+        beta: float | Literal["auto"] = "auto",
+        weight_decay: float = 1e-2,
+        bias_correction: BiasCorrection = "inner",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        Optimizer.__init__(self, params, _defaults(locals()))
+
+
+def _defaults(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in arguments.items() if k not in ("self", "params", "__class__")}
