@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 from torch import Tensor
@@ -75,5 +76,12 @@ def check(source: str, group: dict[str, Any]) -> None:
         raise RuntimeError(f"{source}: {backends.NO_FUSED}")
 
 
+def plain(value: Any) -> Any:
+    """Numbers of other libraries as Python's own, also in a pair: ``torch.load(weights_only=True)`` refuses NumPy's."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(plain(item) for item in value)
+    return float(value) if _is_number(value) and type(value) is not int else value
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -18,11 +18,14 @@ from sadam_integrations.update import LN2
 
 logger = logging.getLogger(__name__)
 
-FLOOR = 1.75
+FLOOR = 2.0
 """The floor of the denominator, in units of the quantile below."""
 
 QUANTILE = 0.25
 """Which quantile of a tensor's ``sqrt(v)`` the floor is measured by; the few with large gradients do not move it."""
+
+GAIN = 1.5
+"""Factor on the step. It makes up for most of what the floor takes, so that AdamW's learning rate carries over."""
 
 SETTLED = 64
 """From this step on, a parameter's beta counts as settled."""
@@ -33,24 +36,21 @@ def is_due(step: int, beta: float) -> bool:
     return beta == 0 or step & (step - 1) == 0
 
 
-def measure(exp_avg_sqs: Iterable[Tensor], corrections: Sequence[float]) -> list[float]:
+def measure(histograms: Iterable[Tensor], corrections: Sequence[float]) -> list[float]:
     """The beta of each parameter, from its second moment as the coming update will use it.
 
     ``beta = ln 2 / (FLOOR * q)``, where ``q`` is the ``QUANTILE`` of the bias-corrected ``sqrt(v)`` over the
     coordinates that have had a gradient. Coordinates that never had one, or whose ``sqrt(v)`` is too small beside the
-    largest to be told from zero in float32, do not count; neither do infinities and NaN. The quantile is read off a
-    histogram over the exponent and the top mantissa bits of v, so multiplying the loss by a power of two multiplies
-    beta by its inverse and changes nothing else, and a sharded tensor (DTensor) is measured as a whole by adding up
-    small integers.
+    largest to be told from zero in float32, do not count; neither do infinities and NaN.
 
     Args:
-        exp_avg_sqs: Second moments (SAMSGrad: their maxima), float32 or float64, any shapes.
+        histograms: The :func:`histogram` of each parameter's second moment (SAMSGrad: of its maximum).
         corrections: The factor that turns each parameter's ``sqrt(exp_avg_sq)`` into Adam's denominator.
 
     Returns:
-        One beta for each tensor; 0.0 where there is nothing to measure.
+        One beta for each parameter; 0.0 where there is nothing to measure.
     """
-    quantiles = [_quantile(_histogram(v)) for v in exp_avg_sqs]
+    quantiles = [_quantile(histogram.tolist()) for histogram in histograms]
     floors = [FLOOR * math.sqrt(q) * correction for q, correction in zip(quantiles, corrections, strict=True)]
     return [LN2 / floor if floor else 0.0 for floor in floors]
 
@@ -58,10 +58,24 @@ def measure(exp_avg_sqs: Iterable[Tensor], corrections: Sequence[float]) -> list
 MANTISSA = 3  # bits: eight bins an octave of v
 
 
-def _histogram(exp_avg_sq: Tensor) -> Tensor:
-    """Counts the entries by exponent and leading mantissa bits: int64 of shape (2048,), or (16384,) for float64."""
-    sharded: Any = exp_avg_sq if hasattr(exp_avg_sq, "to_local") else None
-    local = exp_avg_sq if sharded is None else sharded.to_local()
+def histogram(pieces: Iterable[Tensor]) -> Tensor:
+    """Counts the entries of a tensor by their exponent and leading mantissa bits.
+
+    Multiplying the loss by a power of two shifts the histogram and changes nothing else. A sharded tensor (DTensor) is
+    counted as a whole, by adding up the shards' small integers.
+
+    Args:
+        pieces: The tensor in one or more pieces, float32 or float64, any shapes, nothing negative.
+
+    Returns:
+        int64 of shape (2048,), or (16384,) for float64.
+    """
+    return torch.stack([_count(piece) for piece in pieces]).sum(0)
+
+
+def _count(piece: Tensor) -> Tensor:
+    sharded: Any = piece if hasattr(piece, "to_local") else None
+    local = piece if sharded is None else sharded.to_local()
     if local.dtype == torch.float64:
         integer, shift, bins = torch.int64, 52 - MANTISSA, 2048 << MANTISSA
     else:
@@ -76,9 +90,8 @@ def _histogram(exp_avg_sq: Tensor) -> Tensor:
     return DTensor.from_local(counts, sharded.device_mesh, placements, run_check=False).full_tensor()
 
 
-def _quantile(histogram: Tensor) -> float:
+def _quantile(counts: list[int]) -> float:
     """The ``QUANTILE`` of the live entries of a histogram, 0.0 if there are none."""
-    counts = histogram.tolist()
     octave = 1 << MANTISSA
     finite = range(octave, len(counts) - octave)  # without zeros and subnormals, and without infinities and NaN
     largest = max((i for i in finite if counts[i]), default=0)
@@ -162,5 +175,5 @@ def chosen_betas(optimizer: Optimizer, model: Module | None = None) -> dict[str,
         for j, p in enumerate(group["params"]):
             name = names.get(p) or (group["param_names"][j] if "param_names" in group else f"{i}.{j}")
             auto = group["beta"] == "auto"
-            betas[name] = optimizer.state[p].get("beta", 0.0) if auto else float(group["beta"])
+            betas[name] = optimizer.state.get(p, {}).get("beta", 0.0) if auto else float(group["beta"])
     return betas

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from sadam_integrations import backends, calibration
-from sadam_integrations.arguments import check
+from sadam_integrations.arguments import check, plain
 from sadam_integrations.update import BiasCorrection, corrections, gradient, second_moment, widen
 
 PUBLISHED: dict[str, Any] = {"lr": 1e-2, "beta": 50.0, "bias_correction": "outer"}
 """The setting of the paper's experiments and of the official code: ``Sadam(params, **PUBLISHED)``."""
 
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")  # a checkpoint does not change how a step is run
+STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "beta")
 FOREIGN = ("eps", "amsgrad", "decoupled_weight_decay")  # what torch's Adam and AdamW save and these classes do not have
 
 
@@ -89,8 +90,9 @@ class Sadam(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters after checking its values; missing ones are the constructor's."""
-        check(type(self).__name__, {**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        own = {key: plain(param_group[key]) for key in self.defaults if key in param_group}
+        check(type(self).__name__, {**self.defaults, **own})
+        super().add_param_group({**param_group, **own})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -150,6 +152,7 @@ class Sadam(Optimizer):
             decoupled=self._decoupled,
             bias_correction=group["bias_correction"],
             maximize=group["maximize"],
+            gain=calibration.GAIN if group["beta"] == "auto" else 1.0,
         )
 
     def _init_group(self, group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas) -> None:
@@ -198,16 +201,23 @@ class Sadam(Optimizer):
                 calibration.warn_frozen(type(self).__name__, "torch.compile", betas)
         beta1, beta2 = group["betas"]
 
-        def second_moments() -> Iterator[Tensor]:
+        def second_moment_after(p: Tensor, grad: Tensor, v: Tensor, *v_max: Tensor) -> Tensor:
             decay = {"weight_decay": group["weight_decay"], "decoupled": self._decoupled}
-            for i in due:
-                grad = gradient(widen(params[i]), widen(grads[i]), maximize=group["maximize"], **decay)
-                v = second_moment(widen(states[i]["exp_avg_sq"]), grad, beta2)
-                yield torch.maximum(widen(states[i]["max_exp_avg_sq"]), v) if self._amsgrad else v
+            grad = gradient(widen(p), widen(grad), maximize=group["maximize"], **decay)
+            v = second_moment(widen(v), grad, beta2)
+            return torch.maximum(widen(v_max[0]), v) if v_max else v
 
         calibration.warn_flat(type(self).__name__, params)
         factors = [float(corrections(steps[i], beta1, beta2, group["bias_correction"])[1]) for i in due]
-        for i, beta in zip(due, calibration.measure(second_moments(), factors), strict=True):
+        keys = ("exp_avg_sq", "max_exp_avg_sq") if self._amsgrad else ("exp_avg_sq",)
+        histograms = (
+            calibration.histogram(
+                second_moment_after(*piece)
+                for piece in backends.pieces([params[i], grads[i], *(states[i][key] for key in keys)])
+            )
+            for i in due
+        )
+        for i, beta in zip(due, calibration.measure(histograms, factors), strict=True):
             states[i]["beta"] = beta or states[i]["beta"]
         calibration.log_settled(type(self).__name__, [(steps[i], states[i]["beta"]) for i in due])
 
@@ -236,7 +246,18 @@ class Sadam(Optimizer):
                         stacklevel=2,
                     )
             groups.append(loaded)
-        super().load_state_dict({**state_dict, "param_groups": groups})
+        state = {
+            i: {key: value for key, value in saved.items() if key in STATE}
+            for i, saved in state_dict["state"].items()
+            if all(key in saved for key in STATE[:3])
+        }
+        if missing := len(state_dict["state"]) - len(state):
+            warnings.warn(
+                f"{type(self).__name__}: the checkpoint has no moments of Adam's kind ({', '.join(STATE[:3])}) for "
+                f"{missing} parameters: theirs start from zero.",
+                stacklevel=2,
+            )
+        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Completes what an older version, an Adam checkpoint or a pickle may lack."""
@@ -246,7 +267,7 @@ class Sadam(Optimizer):
                 group.setdefault(key, value)
             on_device = group["capturable"] or group["fused"]
             for p in group["params"]:
-                if len(saved := self.state.get(p, {})):
+                if "step" in (saved := self.state.get(p, {})):
                     device = p.device if on_device else "cpu"
                     saved["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).to(device)
 
@@ -273,7 +294,7 @@ class SAMSGrad(Sadam):
         betas: tuple[float, float] = (0.9, 0.999),
         *,
         beta: float | Literal["auto"] = "auto",
-        weight_decay: float = 1e-2,
+        weight_decay: float = 0.0,
         bias_correction: BiasCorrection = "inner",
         maximize: bool = False,
         foreach: bool | None = None,
@@ -355,4 +376,4 @@ class SAMSGradW(Sadam):
 
 
 def _defaults(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in arguments.items() if k not in ("self", "params", "__class__")}
+    return {k: plain(v) for k, v in arguments.items() if k not in ("self", "params", "__class__")}

@@ -96,6 +96,7 @@ def update(
     decoupled: bool,
     bias_correction: BiasCorrection,
     maximize: bool,
+    gain: float = 1.0,
 ) -> Moments:
     """One step of Sadam, or of SAMSGrad when ``max_exp_avg_sq`` is given, without changing its inputs.
 
@@ -118,6 +119,7 @@ def update(
         decoupled: Shrink the parameter by ``1 - lr * weight_decay`` (AdamW) instead of adding to the gradient (Adam).
         bias_correction: See :func:`corrections`.
         maximize: Ascend instead of descend.
+        gain: Factor on the step, but not on decoupled weight decay; beta="auto" has one, a fixed beta has not.
     """
     p, g, m, v = widen(param), widen(grad), widen(exp_avg), widen(exp_avg_sq)
     g = gradient(p, g, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize)
@@ -129,7 +131,7 @@ def update(
     denominator = softplus((v if v_max is None else v_max).sqrt() * for_root, beta)
     if decoupled:
         p = p * (1 - lr * weight_decay)
-    p = p - (lr * for_lr) * (m / denominator)
+    p = p - (gain * lr * for_lr) * (m / denominator)
     return Moments(
         _leave(p, param),
         _leave(m, exp_avg),

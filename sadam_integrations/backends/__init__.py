@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from sadam_integrations.backends.for_loop import for_loop
+from sadam_integrations.backends.for_loop import for_loop, pieces
 from sadam_integrations.backends.foreach import foreach
 from sadam_integrations.update import BiasCorrection
 
-__all__ = ["Backend", "for_loop", "foreach", "pick"]
+__all__ = ["Backend", "for_loop", "foreach", "pick", "pieces"]
 
 
 class Backend(Protocol):
@@ -44,6 +44,7 @@ class Backend(Protocol):
         decoupled: bool,
         bias_correction: BiasCorrection,
         maximize: bool,
+        gain: float,
     ) -> None: ...
 
 

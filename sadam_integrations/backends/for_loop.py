@@ -27,15 +27,16 @@ def for_loop(
     """See :class:`sadam_integrations.backends.Backend`."""
     for row in zip(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas, strict=True):
         tensors, step, beta = [t for t in row[:5] if t is not None], row[5], row[6]
-        for param, grad, exp_avg, exp_avg_sq, *rest in _pieces(tensors):
-            max_exp_avg_sq = rest[0] if rest else None
-            new = update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step=step, beta=beta, **options)
-            for old, value in zip((param, exp_avg, exp_avg_sq, max_exp_avg_sq), new, strict=True):
-                if old is not None and value is not None:
-                    old.copy_(value)
+        for param, grad, *state in pieces(tensors):
+            stored = [param, *state]
+            p, m, v, *v_max = [t.clone() for t in stored] if torch.is_grad_enabled() else stored
+            new = update(p, grad, m, v, v_max[0] if v_max else None, step=step, beta=beta, **options)
+            for old, value in zip(stored, (t for t in new if t is not None), strict=True):
+                old.copy_(value)
 
 
-def _pieces(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+def pieces(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Splits tensors of one shape alike, for work that goes element by element; whole ones where that cannot help."""
     size = tensors[0].numel()
     plain = all(t.device.type == "cpu" and not hasattr(t, "to_local") and t.is_contiguous() for t in tensors)
     if size <= PIECE or not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -42,7 +42,7 @@ def _mesh(param: Tensor):
 
 def _batch(
     params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas,
-    *, lr, beta1, beta2, weight_decay, decoupled, bias_correction, maximize,
+    *, lr, beta1, beta2, weight_decay, decoupled, bias_correction, maximize, gain,
 ):  # fmt: skip
     amsgrad = max_exp_avg_sqs[0] is not None
     stored = [params, exp_avgs, exp_avg_sqs] + ([max_exp_avg_sqs] if amsgrad else [])
@@ -71,7 +71,7 @@ def _batch(
     torch._foreach_div_(caps, betas)
     torch._foreach_add_(denominators, caps)
     updates = torch._foreach_div(m, denominators)
-    torch._foreach_mul_(updates, [lr * for_lr for for_lr, _ in factors])
+    torch._foreach_mul_(updates, [gain * lr * for_lr for for_lr, _ in factors])
     torch._foreach_sub_(p, updates)
 
     if params[0].dtype in HALF:

@@ -1,0 +1,85 @@
+"""The optimizers by name: the one table that every integration reads, and the function that builds from it."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from sadam_integrations.optimizer import Sadam, SadamW, SAMSGrad, SAMSGradW
+from sadam_integrations.param_groups import param_groups
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "sadam": Sadam,
+    "samsgrad": SAMSGrad,
+    "sadamw": SadamW,
+    "samsgradw": SAMSGradW,
+}
+"""What each name stands for, wherever an optimizer is chosen by name."""
+
+
+def list_optimizers() -> list[str]:
+    """Lists the names that :func:`create_optimizer` and the integrations know."""
+    return list(OPTIMIZERS)
+
+
+def create_optimizer(name: str, model_or_params: nn.Module | ParamsT, **kwargs: Any) -> Optimizer:
+    """Builds an optimizer by name, with weight-decay groups if it is given a model.
+
+    =============  ===========  ===============================================  ============
+    Name           Class        What it is                                       Weight decay
+    =============  ===========  ===============================================  ============
+    ``sadam``      `Sadam`      Adam with a softplus denominator                 L2, 0.0
+    ``samsgrad``   `SAMSGrad`   the same with the largest second moment so far   L2, 0.0
+    ``sadamw``     `SadamW`     Sadam as AdamW is to Adam                        decoupled, 0.01
+    ``samsgradw``  `SAMSGradW`  SAMSGrad as AdamW is to Adam                     decoupled, 0.01
+    =============  ===========  ===============================================  ============
+
+    Args:
+        name: One of :func:`list_optimizers`, in lower case.
+        model_or_params: A model, which is split by :func:`sadam_integrations.param_groups.param_groups` so that
+            biases and normalisation layers are not decayed; or parameters, named parameters or parameter groups,
+            which are taken as they are.
+        **kwargs: Arguments of the class, such as ``lr``, ``weight_decay`` and ``beta``.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError: If the name is unknown, or a value is out of its range.
+        TypeError: If the class has no argument of that name, or a value has the wrong type.
+
+    Example::
+
+        optimizer = create_optimizer("sadamw", model, lr=1e-3, weight_decay=0.01)
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"create_optimizer: the name comes first and is a string, not {type(name).__name__}")
+    if name not in OPTIMIZERS:
+        raise ValueError(f"create_optimizer: unknown optimizer {name!r}{did_you_mean(name, OPTIMIZERS)}")
+    cls = OPTIMIZERS[name]
+    valid = arguments(cls)
+    for key in kwargs:
+        if key not in valid:
+            raise TypeError(f"create_optimizer: {cls.__name__} has no argument {key!r}{did_you_mean(key, valid)}")
+    params = param_groups(model_or_params) if isinstance(model_or_params, nn.Module) else model_or_params
+    return cls(params, **kwargs)
+
+
+def arguments(cls: type[Optimizer]) -> dict[str, inspect.Parameter]:
+    """Returns the arguments of an optimizer class after ``params``, by name and in order."""
+    return {key: value for key, value in inspect.signature(cls).parameters.items() if key != "params"}
+
+
+def did_you_mean(word: str, valid: Iterable[str]) -> str:
+    """Ends a message about an unknown word: the nearest valid ones, if any is near, and the list of all."""
+    hint = ""
+    if word == "eps":
+        hint = " (there is no epsilon: the floor of the denominator is ln 2 / beta)"
+    elif matches := difflib.get_close_matches(word.lower(), valid, n=2):
+        hint = f" (did you mean {' or '.join(matches)}?)"
+    return f"{hint}; the valid ones are {', '.join(valid)}"
