@@ -1,0 +1,116 @@
+"""What the recipes add to the Trainer: layer-wise lr decay, numbers in the progress bar, exact resuming."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from sadam_integrations.recipe import layer_scales
+
+
+class LayerwiseTrainer(Trainer):
+    """The Trainer with a learning rate that falls from each layer to the one below it.
+
+    Args:
+        layer_lr_decay: The factor from one layer to the one below it, in (0, 1].
+
+    The other arguments are the Trainer's.
+    """
+
+    def __init__(self, *args: Any, layer_lr_decay: float, **kwargs: Any) -> None:
+        self.layer_lr_decay = layer_lr_decay
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Builds the optimizer that ``TrainingArguments`` name, with a group for each layer's rate."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model: Any = self.model
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        scales = layer_scales(parameters, self.layer_lr_decay)
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+        for name, p in parameters.items():
+            groups.setdefault((scales[name], name in decayed), []).append(p)
+        optimizer = optimizer_class(
+            [
+                {"params": p, "lr": settings["lr"] * scale, "weight_decay": self.args.weight_decay * decays}
+                for (scale, decays), p in groups.items()
+            ],
+            **settings,
+        )
+        self.optimizer = optimizer
+        return optimizer
+
+
+class Progress(ProgressCallback):
+    """The Trainer's progress bar with loss and accuracy at its end, instead of a line for each log."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts without numbers."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self.shown: dict[str, str] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Logs whenever a checkpoint is due, so that a resumed run averages the same losses as a whole one."""
+        super().on_step_end(args, state, control, **kwargs)
+        control.should_log |= control.should_save
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Shows the newest training loss and validation accuracy."""
+        if state.is_world_process_zero and self.training_bar is not None:
+            for key, name in (("loss", "loss"), ("eval_accuracy", "validation")):
+                if key in logs:
+                    self.shown[name] = f"{logs[key]:.3f}"
+            self.training_bar.set_postfix(self.shown)
+
+
+class DataOrder(TrainerCallback):
+    """Ties the order of data grouped by length to seed and epoch: a run resumed amid an epoch sees the rest of it.
+
+    The Trainer's random order is tied to them already.
+    """
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        """Seeds the sampler."""
+        batches = train_dataloader.batch_sampler
+        sampler = getattr(batches, "batch_sampler", batches).sampler  # several processes have a shard of the batches
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch or 0))
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Returns the newest complete checkpoint, or None.
+
+    Args:
+        folder: Where the Trainer saves. It writes a checkpoint's state last, so one that was cut short has none.
+    """
+    complete = []
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        try:
+            complete.append((json.loads(state.read_text())["global_step"], str(state.parent)))
+        except ValueError:
+            continue
+    return max(complete)[1] if complete else None
+
+
+def points(log_history: list[dict[str, float]]) -> dict[str, list[dict[str, float]]]:
+    """Returns the training losses and the validation results over the steps.
+
+    Args:
+        log_history: The log of the Trainer's state.
+    """
+    return {
+        "train": [{"step": e["step"], "loss": e["loss"]} for e in log_history if "loss" in e],
+        "validation": [
+            {"step": e["step"], **{key: e[f"eval_{key}"] for key in ("accuracy", "f1", "loss")}}
+            for e in log_history
+            if "eval_accuracy" in e
+        ],
+    }

@@ -1,0 +1,71 @@
+"""``python -m sadam_integrations.launch script.py ...``: an unmodified script with the optimizers' names registered."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+
+HELP = """\
+usage: python -m sadam_integrations.launch SCRIPT [arguments of the script ...]
+       python -m sadam_integrations.launch -m MODULE [arguments of the module ...]
+
+Runs a script or module that uses the Hugging Face Trainer, unmodified, with the optimizers of this package among
+the names it knows: --optim sadam, samsgrad, sadamw or samsgradw.
+
+  python -m sadam_integrations.launch run_glue.py --optim sadamw --weight_decay 0.01 --optim_args beta=50 ...
+
+With several processes, it goes behind the program that starts them (in front of it, the processes would not know
+the names):
+
+  torchrun --nproc-per-node 2 -m sadam_integrations.launch run_glue.py --optim sadamw ...
+  accelerate launch -m sadam_integrations.launch run_glue.py --optim sadamw ...
+
+A script that you may edit does not need this: one line, import sadam_integrations.huggingface, does the same.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Registers the names with transformers and runs a script or module as Python itself would.
+
+    Args:
+        argv: The script and its arguments, or ``-m``, a module and its arguments; by default those of the command line.
+
+    Raises:
+        SystemExit: With a message if the command line is wrong or transformers is missing, or from the script.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in (["-h"], ["--help"]):
+        print(HELP, end="")
+        return
+    as_module = argv[:1] == ["-m"]
+    argv = argv[as_module:]
+    if not argv:
+        _fail(f"no {'module' if as_module else 'script'} to run is given")
+    if argv[0].startswith("-"):
+        _fail(f"{argv[0]} comes before the script: the script's own options go after its name")
+    if not as_module and not os.path.exists(argv[0]):
+        _fail(f"there is no script {argv[0]!r} in {os.getcwd()!r}; a module is run with -m")
+
+    try:
+        import sadam_integrations.huggingface  # noqa: F401
+    except ImportError as error:
+        sys.exit(f"sadam_integrations.launch: {error}")
+
+    sys.argv = argv  # runpy makes argv[0] the path of the script: HfArgumentParser looks for <script>.args there
+    if as_module:
+        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+        return
+    if not getattr(sys.flags, "safe_path", False):  # python -P puts no folder first in the path, so none is replaced
+        sys.path[0] = os.path.dirname(os.path.realpath(argv[0]))
+    runpy.run_path(os.path.abspath(argv[0]), run_name="__main__")
+
+
+def _fail(message: str) -> None:
+    print(f"{HELP}\nsadam_integrations.launch: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
