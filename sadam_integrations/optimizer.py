@@ -247,7 +247,7 @@ class Sadam(Optimizer):
                     )
             groups.append(loaded)
         state = {
-            i: {key: value for key, value in saved.items() if key in STATE}
+            i: {key: value for key, value in saved.items() if key in STATE and (self._amsgrad or key != STATE[3])}
             for i, saved in state_dict["state"].items()
             if all(key in saved for key in STATE[:3])
         }

