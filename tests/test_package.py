@@ -1,0 +1,244 @@
+"""The package as a whole: what importing it needs, what its wheel holds, and that its texts are true."""
+
+import ast
+import inspect
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+import typing
+import zipfile
+from pathlib import Path
+
+import docstring_parser
+import pytest
+import torch
+from torch import nn
+
+import sadam_integrations
+from sadam_integrations import Sadam, SadamW, SAMSGrad, SAMSGradW
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sadam_integrations"
+CLASSES = [Sadam, SAMSGrad, SadamW, SAMSGradW]
+TEXTS = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
+
+
+def python(code, *flags, cwd=ROOT):
+    done = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+TORCH_ALONE = """
+import importlib.machinery, sys
+TORCH = {"torch", "torchgen", "functorch", "filelock", "typing_extensions", "setuptools", "_distutils_hack", "sympy",
+         "mpmath", "networkx", "jinja2", "markupsafe", "fsspec"}  # what installing torch brings: not even numpy
+find_spec = importlib.machinery.PathFinder.find_spec
+def hide(name, path=None, target=None):
+    spec = find_spec(name, path, target)
+    installed = spec is not None and "site-packages" in (spec.origin or "")
+    return None if installed and name.partition(".")[0] not in TORCH else spec
+importlib.machinery.PathFinder.find_spec = staticmethod(hide)
+import torch
+from sadam_integrations.factory import create_optimizer
+net = torch.nn.Linear(2, 2)
+optimizer = create_optimizer("sadamw", net, lr=0.1)
+net(torch.ones(2)).sum().backward()
+optimizer.step()
+assert all(p.abs().max() < 2 for p in net.parameters())
+print({"numpy", "transformers", "lightning", "matplotlib"} & sys.modules.keys())
+"""
+
+
+def test_the_package_needs_torch_alone():
+    assert python(TORCH_ALONE) == "set()\n"
+
+
+def test_importing_the_package_imports_nothing_else():
+    code = "import sys, torch; before = set(sys.modules); import sadam_integrations; print(*set(sys.modules) - before)"
+    new = {name.partition(".")[0] for name in python(code).split()}
+    assert new - sys.stdlib_module_names <= {"sadam_integrations", "torch"}
+
+
+@pytest.mark.parametrize("flags", [(), ("-OO",)], ids=["plain", "-OO"])
+def test_importing_warns_of_nothing_and_checks_do_not_rest_on_asserts(flags):
+    code = """
+import torch, warnings
+warnings.simplefilter("error")
+import sadam_integrations
+for bad in (dict(lr=-1), dict(beta=0), dict(betas=(1, 0))):
+    try:
+        sadam_integrations.Sadam([torch.zeros(1, requires_grad=True)], **bad)
+    except ValueError:
+        continue
+    raise SystemExit(f"accepted {bad}")
+"""
+    python(code, *flags)
+
+
+def test_version_and_type_information():
+    version = sadam_integrations.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|rc\d+)?", version)
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_every_name_offered_exists_and_is_documented():
+    assert sorted(sadam_integrations.__all__) == sorted(set(sadam_integrations.__all__))
+    for name in sadam_integrations.__all__:
+        value = getattr(sadam_integrations, name)
+        assert not callable(value) or inspect.getdoc(value), name
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_other_tools_can_read_the_signature(cls):
+    parameters = inspect.signature(cls).parameters
+    assert next(iter(parameters)) == "params"
+    assert list(parameters) == list(inspect.signature(Sadam).parameters)
+    positional = [key for key, value in parameters.items() if value.kind is value.POSITIONAL_OR_KEYWORD]
+    assert positional == ["params", "lr", "betas"]
+    assert all(value.kind is value.KEYWORD_ONLY for key, value in parameters.items() if key not in positional)
+    hints = typing.get_type_hints(cls.__init__)
+    assert hints.keys() == {*parameters, "return"}
+    assert hints["beta"] == float | typing.Literal["auto"]
+    assert hints["betas"] == tuple[float, float]
+    assert hints["foreach"] == bool | None
+
+
+def test_only_the_weight_decay_differs_between_the_defaults():
+    for cls, weight_decay in zip(CLASSES, [0.0, 0.0, 1e-2, 1e-2], strict=True):
+        defaults = {key: value.default for key, value in inspect.signature(cls).parameters.items() if key != "params"}
+        assert defaults == {
+            "lr": 1e-3,
+            "betas": (0.9, 0.999),
+            "beta": "auto",
+            "weight_decay": weight_decay,
+            "bias_correction": "inner",
+            "maximize": False,
+            "foreach": None,
+            "fused": None,
+            "capturable": False,
+            "differentiable": False,
+        }, cls.__name__
+
+
+def documented(node):
+    docstring = ast.get_docstring(node) or ""
+    return [
+        param.arg_name.lstrip("*") for param in docstring_parser.parse(docstring).params if param.args[0] == "param"
+    ]
+
+
+def signature(function):
+    args = function.args
+    every = [*args.posonlyargs, *args.args, *filter(None, [args.vararg]), *args.kwonlyargs, *filter(None, [args.kwarg])]
+    return [arg.arg for arg in every]
+
+
+def test_docstrings_name_the_arguments_that_exist():
+    seen = 0
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), f"{path.name} does not say what it is for"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and (args := documented(node)):
+                inits = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name in ("__init__", "__call__")]
+                fields = [f.target.id for f in node.body if isinstance(f, ast.AnnAssign)]
+                valid = [arg for init in inits for arg in signature(init)] + fields
+                assert set(args) <= set(valid), f"{path.name}: {node.name}"
+                seen += 1
+            elif isinstance(node, ast.FunctionDef) and (args := documented(node)):
+                names = signature(node)
+                assert args in (names, names[1:]), f"{path.name}: {node.name}"  # without self, or without any
+                seen += 1
+    assert seen > 10
+    assert documented(ast.parse(inspect.getsource(Sadam)).body[0]) == list(inspect.signature(Sadam).parameters)
+
+
+def test_the_pins_cover_the_dependencies():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())}
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+(; python_version .*)?", pin) for pin in pins)
+    normal = {re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", pin)[0]).lower() for pin in pins}
+    names = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in wanted}
+    assert names - {"sadam-integrations"} <= normal
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of a copy of the sources: the checkout stays clean."""
+    source, out = tmp_path_factory.mktemp("source") / "s", tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT, source, ignore=lambda folder, names: [n for n in names if n.startswith(".") or n in LEFT])
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
+        archive.extractall(out / "unpacked")
+    return out / "unpacked"
+
+
+LEFT = {"build", "dist", "runs", "__pycache__", "sadam_integrations.egg-info"}
+
+
+def files(folder):
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {str(path) for path in found if "__pycache__" not in path.parts and "_recipes" not in path.parts}
+
+
+def test_the_wheel_holds_the_package_and_the_recipes_alone(wheel):
+    info = f"sadam_integrations-{sadam_integrations.__version__}.dist-info"
+    assert {path.name for path in wheel.iterdir()} == {"sadam_integrations", info}
+    assert files(wheel / "sadam_integrations") == files(PACKAGE)
+    recipes = {path for path in files(ROOT / "recipes") if not path.endswith(".md")}
+    packed = {str(p.relative_to(wheel / "sadam_integrations/_recipes")) for p in wheel.rglob("_recipes/**/*.*")}
+    assert {"bert.py", "bert.yaml"} <= recipes
+    assert recipes <= packed
+
+
+def test_the_wheel_says_what_it_is(wheel):
+    metadata = next(wheel.glob("*.dist-info/METADATA")).read_text()
+    assert "\nLicense-Expression: Apache-2.0\n" in metadata
+    assert "\nRequires-Python: >=3.10\n" in metadata
+    requires = re.findall(r"^Requires-Dist: ((?!.*extra ==).*)$", metadata, re.MULTILINE)
+    assert [re.match(r"\w+", requirement)[0] for requirement in requires] == ["torch"]
+    assert "Apache License" in next(wheel.glob("*.dist-info/licenses/LICENSE")).read_text()
+
+
+def test_the_wheel_works_where_the_checkout_is_not(wheel):
+    code = f"import sys; sys.path.insert(0, {str(wheel)!r}); import sadam_integrations as s; print(s.__file__)"
+    assert Path(python(code, cwd=wheel).strip()) == wheel / "sadam_integrations" / "__init__.py"
+
+
+def blocks():
+    """Every Python block of the README that is not marked with <!-- not run --> in front of it."""
+    text = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+    for block in re.finditer(r"(<!-- not run -->\s*)?^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        if not block[1]:
+            yield pytest.param(block[2], id=f"line {text[: block.start(2)].count(chr(10)) + 1}")
+
+
+@pytest.mark.parametrize("code", list(blocks()))
+def test_the_python_of_the_readme_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme", "torch": torch, "model": nn.Linear(2, 2)})
+
+
+def anchors(path):
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_links_of_the_texts_lead_somewhere(text):
+    path = ROOT / text
+    links = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", path.read_text())
+    for link in filter(lambda link: not re.match(r"[a-z]+:", link), ("".join(pair) for pair in links)):
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file) if file else path
+        assert target.exists(), f"{text}: {link}"
+        assert not anchor or anchor in anchors(target), f"{text}: {link}: no such heading"
