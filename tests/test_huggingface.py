@@ -284,8 +284,8 @@ class Recorder(TrainerCallback):
 
 
 class OwnOptimizer(Trainer):
-    def create_optimizer(self, model=None):
-        optimizer = super().create_optimizer(model)
+    def create_optimizer(self, *args):
+        optimizer = super().create_optimizer(*args)
         optimizer.param_groups[0]["lr"] = 0.5
         return optimizer
 

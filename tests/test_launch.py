@@ -108,8 +108,9 @@ def work(tmp_path_factory):
     """A folder with a tiny BERT and 32 short texts."""
     root = tmp_path_factory.mktemp("launch")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-    (root / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}).save_pretrained(root / "bert")
+    (root / "bert").mkdir()
+    (root / "bert" / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast.from_pretrained(root / "bert").save_pretrained(root / "bert")
     set_seed(0)
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # so that one and two processes agree
     BertForSequenceClassification(hf_tiny.config(**still)).save_pretrained(root / "bert")
