@@ -116,7 +116,7 @@ def is_frozen() -> bool:
 
 
 def warn_frozen(name: str, how: str, betas: Sequence[float]) -> None:
-    """Warns, once a process, that a captured or compiled step keeps the betas it was built with."""
+    """Warns that a captured or compiled step keeps the betas it was built with."""
     warnings.warn(
         f'{name}: beta="auto" is not measured again under {how}: the step keeps the betas of now, and '
         f"{betas.count(0.0)} of {len(betas)} parameters have none yet and would not move. "
@@ -126,7 +126,7 @@ def warn_frozen(name: str, how: str, betas: Sequence[float]) -> None:
 
 
 def warn_flat(name: str, params: Sequence[Tensor]) -> None:
-    """Warns, once a process, that FSDP1 hands over flat pieces of parameters."""
+    """Warns that FSDP1 hands over flat pieces of parameters, if it does."""
     if any(getattr(p, "_fsdp_flattened", False) for p in params):
         warnings.warn(
             f'{name}: beta="auto" measures the flat pieces that FullyShardedDataParallel hands to the optimizer, not '

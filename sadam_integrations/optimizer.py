@@ -207,7 +207,8 @@ class Sadam(Optimizer):
             v = second_moment(widen(v), grad, beta2)
             return torch.maximum(widen(v_max[0]), v) if v_max else v
 
-        calibration.warn_flat(type(self).__name__, params)
+        if 1 in steps:
+            calibration.warn_flat(type(self).__name__, params)
         factors = [float(corrections(steps[i], beta1, beta2, group["bias_correction"])[1]) for i in due]
         keys = ("exp_avg_sq", "max_exp_avg_sq") if self._amsgrad else ("exp_avg_sq",)
         histograms = (

@@ -166,6 +166,18 @@ def test_the_rule_does_not_depend_on_the_order_or_shape_of_a_tensor():
     )
 
 
+@pytest.mark.filterwarnings("error")
+def test_flat_pieces_of_fsdp1_are_measured_and_that_is_said_once():
+    piece = torch.nn.Parameter(torch.ones(40))
+    piece._fsdp_flattened = True  # what FullyShardedDataParallel sets
+    optimizer = SadamW([piece])
+    piece.grad = torch.randn(40)
+    with pytest.warns(UserWarning, match="flat pieces.*fully_shard"):
+        optimizer.step()
+    assert optimizer.state[piece]["beta"] > 0
+    optimizer.step()
+
+
 # 5. Never fooled
 
 

@@ -228,6 +228,29 @@ def test_the_python_of_the_readme_runs(code, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {"__name__": "readme", "torch": torch, "model": nn.Linear(2, 2)})
 
 
+def switched():
+    """The code that the README's three diffs lead to."""
+    for diff in re.findall(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL):
+        yield "".join(f"{line[1:]}\n" for line in diff.splitlines() if line[0] in "+ ")
+
+
+def test_the_switches_of_the_readme_run(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    trainer, lightning, plain = switched()
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    names = {"torch": torch, "model": model, "TrainingArguments": transformers.TrainingArguments}
+    for code in (trainer, lightning, plain):
+        exec(compile(code, "README.md", "exec"), names)
+    cls, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(names["args"])
+    assert cls is SadamW and kwargs["lr"] == 2e-4
+    for optimizer in (names["configure_optimizers"](model), names["optimizer"]):
+        assert type(optimizer) is SadamW and [group["name"] for group in optimizer.param_groups] == [
+            "decay",
+            "no_decay",
+        ]
+
+
 def anchors(path):
     headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
