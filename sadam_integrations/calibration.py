@@ -27,6 +27,9 @@ QUANTILE = 0.25
 GAIN = 1.5
 """Factor on the step. It makes up for most of what the floor takes, so that AdamW's learning rate carries over."""
 
+MANTISSA = 3
+"""Bits of the mantissa that the histogram tells apart: eight bins an octave of v."""
+
 SETTLED = 64
 """From this step on, a parameter's beta counts as settled."""
 
@@ -53,9 +56,6 @@ def measure(histograms: Iterable[Tensor], corrections: Sequence[float]) -> list[
     quantiles = [_quantile(histogram.tolist()) for histogram in histograms]
     floors = [FLOOR * math.sqrt(q) * correction for q, correction in zip(quantiles, corrections, strict=True)]
     return [LN2 / floor if floor else 0.0 for floor in floors]
-
-
-MANTISSA = 3  # bits: eight bins an octave of v
 
 
 def histogram(pieces: Iterable[Tensor]) -> Tensor:
@@ -115,12 +115,11 @@ def is_frozen() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def warn_frozen(name: str, how: str, betas: Sequence[float]) -> None:
+def warn_frozen(name: str, how: str) -> None:
     """Warns that a captured or compiled step keeps the betas it was built with."""
     warnings.warn(
-        f'{name}: beta="auto" is not measured again under {how}: the step keeps the betas of now, and '
-        f"{betas.count(0.0)} of {len(betas)} parameters have none yet and would not move. "
-        f"Take {SETTLED} ordinary steps first, or give beta a number.",
+        f'{name}: beta="auto" is not measured again under {how}: the step keeps the betas of now, and a parameter that '
+        f"has none yet does not move. Take {SETTLED} ordinary steps first, or give beta a number.",
         stacklevel=2,
     )
 
@@ -135,18 +134,14 @@ def warn_flat(name: str, params: Sequence[Tensor]) -> None:
         )
 
 
-def log_settled(name: str, measured: Sequence[tuple[int, float]]) -> None:
-    """Logs one line when the betas of a group settle.
-
-    Args:
-        name: The optimizer's name.
-        measured: The step count and the beta of each parameter measured at this step.
-    """
-    settled = sorted(beta for step, beta in measured if step == SETTLED and beta)
+def log_settled(optimizer: Optimizer) -> None:
+    """Logs one line at the step at which an optimizer's betas settle."""
+    states = (optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"])
+    settled = sorted(state["beta"] for state in states if state.get("beta") and state["step"] == SETTLED)
     if settled:
         logger.info(
             '%s: beta="auto" settled for %d parameters: median %.3g, from %.3g to %.3g',
-            name, len(settled), statistics.median(settled), settled[0], settled[-1],
+            type(optimizer).__name__, len(settled), statistics.median(settled), settled[0], settled[-1],
         )  # fmt: skip
 
 
@@ -154,7 +149,8 @@ def chosen_betas(optimizer: Optimizer, model: Module | None = None) -> dict[str,
     """The beta that each parameter of an optimizer is trained with now.
 
     Args:
-        optimizer: One of this package's, also inside the wrappers of accelerate, Lightning and DeepSpeed.
+        optimizer: One of this package's, also inside the wrappers of accelerate, Lightning, DeepSpeed and
+            ZeroRedundancyOptimizer.
         model: Gives the parameters' names. Without it they are those the optimizer was built with
             (``Sadam(model.named_parameters())``), or else ``"group.index"``.
 
@@ -165,10 +161,11 @@ def chosen_betas(optimizer: Optimizer, model: Module | None = None) -> dict[str,
     Raises:
         TypeError: If the optimizer has no softplus beta.
     """
-    while "beta" not in optimizer.defaults and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    if "beta" not in optimizer.defaults:
-        raise TypeError(f"{type(optimizer).__name__} has no softplus beta: only this package's optimizers have one")
+    while "beta" not in getattr(optimizer, "defaults", {}):
+        inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)
+        if inner is None:
+            raise TypeError(f"{type(optimizer).__name__} has no softplus beta: only this package's optimizers have one")
+        optimizer = inner
     names = {} if model is None else {p: name for name, p in model.named_parameters()}
     betas = {}
     for i, group in enumerate(optimizer.param_groups):

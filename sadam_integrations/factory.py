@@ -62,7 +62,7 @@ def create_optimizer(name: str, model_or_params: nn.Module | ParamsT, **kwargs: 
     if name not in OPTIMIZERS:
         raise ValueError(f"create_optimizer: unknown optimizer {name!r}{did_you_mean(name, OPTIMIZERS)}")
     cls = OPTIMIZERS[name]
-    valid = arguments(cls)
+    valid = keywords(cls)
     for key in kwargs:
         if key not in valid:
             raise TypeError(f"create_optimizer: {cls.__name__} has no argument {key!r}{did_you_mean(key, valid)}")
@@ -70,7 +70,7 @@ def create_optimizer(name: str, model_or_params: nn.Module | ParamsT, **kwargs: 
     return cls(params, **kwargs)
 
 
-def arguments(cls: type[Optimizer]) -> dict[str, inspect.Parameter]:
+def keywords(cls: type[Optimizer]) -> dict[str, inspect.Parameter]:
     """Returns the arguments of an optimizer class after ``params``, by name and in order."""
     return {key: value for key, value in inspect.signature(cls).parameters.items() if key != "params"}
 

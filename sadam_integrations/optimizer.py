@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,16 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from sadam_integrations import backends, calibration
+from sadam_integrations import backends, calibration, checkpoint
 from sadam_integrations.arguments import check, plain
-from sadam_integrations.update import BiasCorrection, corrections, gradient, second_moment, widen
+from sadam_integrations.update import HALF, BiasCorrection, corrections, gradient, second_moment, widen
 
 PUBLISHED: dict[str, Any] = {"lr": 1e-2, "beta": 50.0, "bias_correction": "outer"}
 """The setting of the paper's experiments and of the official code: ``Sadam(params, **PUBLISHED)``."""
-
-IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")  # a checkpoint does not change how a step is run
-STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "beta")
-FOREIGN = ("eps", "amsgrad", "decoupled_weight_decay")  # what torch's Adam and AdamW save and these classes do not have
 
 
 class Sadam(Optimizer):
@@ -90,6 +86,8 @@ class Sadam(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters after checking its values; missing ones are the constructor's."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got a {type(param_group).__name__}")
         own = {key: plain(param_group[key]) for key in self.defaults if key in param_group}
         check(type(self).__name__, {**self.defaults, **own})
         super().add_param_group({**param_group, **own})
@@ -106,20 +104,25 @@ class Sadam(Optimizer):
 
         Raises:
             RuntimeError: If a gradient is sparse; no parameter has been changed then.
+            ValueError: If a value in ``param_groups`` has been set to one that is not valid; likewise.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
+        name = type(self).__name__
         for group in self.param_groups:
+            if not torch.compiler.is_compiling():
+                check(f"{name}.step", group)
             if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
-                name = type(self).__name__
                 raise RuntimeError(f"{name} does not support sparse gradients: use torch.optim.SparseAdam for them")
 
         for group in self.param_groups:
             with torch.set_grad_enabled(group["differentiable"]):
                 self._step_group(group)
+        if not torch.compiler.is_compiling() and calibration.logger.isEnabledFor(logging.INFO):
+            calibration.log_settled(self)
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
@@ -130,12 +133,13 @@ class Sadam(Optimizer):
         max_exp_avg_sqs: list[Tensor | None] = []
         steps: list[Tensor] = []
         betas: list[float] = []
-        self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas)
+        compiling = torch.compiler.is_compiling()
+        self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas, compiling)
         if not params:
             return
         for step in steps:
             step += 1
-        as_tensors = group["capturable"] or group["differentiable"] or torch.compiler.is_compiling()
+        as_tensors = group["capturable"] or group["differentiable"] or compiling
         run = backends.pick(params, group)
         run(
             params,
@@ -155,10 +159,12 @@ class Sadam(Optimizer):
             gain=calibration.GAIN if group["beta"] == "auto" else 1.0,
         )
 
-    def _init_group(self, group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas) -> None:
+    def _init_group(
+        self, group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas, compiling
+    ) -> None:
         """Fills the lists with each parameter that has a gradient, its state and its beta.
 
-        torch.compile runs a method of this name eagerly while it traces ``step``.
+        torch.compile runs a method of this name eagerly while it traces ``step``; ``compiling`` says that it does.
         """
         for p in group["params"]:
             if p.grad is None:
@@ -181,31 +187,35 @@ class Sadam(Optimizer):
             steps.append(state["step"])
         if group["beta"] == "auto":
             with torch.no_grad():
-                self._calibrate(group, params, grads)
+                self._calibrate(group, params, grads, compiling)
             betas.extend(self.state[p]["beta"] for p in params)
         else:
             betas.extend([group["beta"]] * len(params))
 
-    def _calibrate(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _calibrate(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], compiling: bool) -> None:
         """Measures beta for the parameters that are due, from the second moments that the coming update will use."""
+        if not params:
+            return
         states = [self.state[p] for p in params]
         betas = [state["beta"] for state in states]
         if calibration.is_frozen():
-            calibration.warn_frozen(type(self).__name__, "CUDA graph capture", betas)
+            calibration.warn_frozen(type(self).__name__, "CUDA graph capture")
             return
         steps = [int(state["step"].item()) + 1 for state in states]
-        due = [i for i in range(len(states)) if calibration.is_due(steps[i], betas[i])]
-        if torch.compiler.is_compiling():
+        due = [i for i, p in enumerate(params) if p.numel() and calibration.is_due(steps[i], betas[i])]
+        if compiling:
             due = [i for i in due if not betas[i]]
             if min(steps) <= calibration.SETTLED:
-                calibration.warn_frozen(type(self).__name__, "torch.compile", betas)
+                calibration.warn_frozen(type(self).__name__, "torch.compile")
         beta1, beta2 = group["betas"]
 
-        def second_moment_after(p: Tensor, grad: Tensor, v: Tensor, *v_max: Tensor) -> Tensor:
+        def second_moment_after(step: int, p: Tensor, grad: Tensor, v: Tensor, *v_max: Tensor) -> Tensor:
             decay = {"weight_decay": group["weight_decay"], "decoupled": self._decoupled}
             grad = gradient(widen(p), widen(grad), maximize=group["maximize"], **decay)
-            v = second_moment(widen(v), grad, beta2)
-            return torch.maximum(widen(v_max[0]), v) if v_max else v
+            new = second_moment(widen(v), grad, beta2)
+            if v.dtype in HALF:  # where the state underflows, this gradient stands for those that it could not hold
+                new = torch.where(new.to(v.dtype) == 0, (1 - beta2**step) * (grad * grad), new)
+            return torch.maximum(widen(v_max[0]), new) if v_max else new
 
         if 1 in steps:
             calibration.warn_flat(type(self).__name__, params)
@@ -213,14 +223,13 @@ class Sadam(Optimizer):
         keys = ("exp_avg_sq", "max_exp_avg_sq") if self._amsgrad else ("exp_avg_sq",)
         histograms = (
             calibration.histogram(
-                second_moment_after(*piece)
+                second_moment_after(steps[i], *piece)
                 for piece in backends.pieces([params[i], grads[i], *(states[i][key] for key in keys)])
             )
             for i in due
         )
         for i, beta in zip(due, calibration.measure(histograms, factors), strict=True):
             states[i]["beta"] = beta or states[i]["beta"]
-        calibration.log_settled(type(self).__name__, [(steps[i], states[i]["beta"]) for i in due])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a saved state, also one of ``torch.optim.Adam`` or ``AdamW``: their moments and steps are kept.
@@ -231,34 +240,11 @@ class Sadam(Optimizer):
 
         Args:
             state_dict: What ``state_dict()`` returned.
+
+        Raises:
+            ValueError: If the checkpoint does not fit; nothing has been changed then.
         """
-        groups = []
-        for i, saved in enumerate(state_dict["param_groups"]):
-            mine = self.param_groups[i] if i < len(self.param_groups) else self.defaults
-            loaded = {k: v for k, v in saved.items() if k not in FOREIGN}
-            loaded |= {k: mine[k] for k in self.defaults if k in IMPLEMENTATION or k not in saved}
-            check(f"{type(self).__name__}.load_state_dict", loaded)
-            for key in ("beta", "bias_correction"):
-                if loaded[key] != mine[key]:
-                    warnings.warn(
-                        f"{type(self).__name__}: the checkpoint was made with {key}={loaded[key]!r} and training goes "
-                        f"on with it, not with the {key}={mine[key]!r} asked for. To change it, set it in "
-                        f"optimizer.param_groups after loading.",
-                        stacklevel=2,
-                    )
-            groups.append(loaded)
-        state = {
-            i: {key: value for key, value in saved.items() if key in STATE and (self._amsgrad or key != STATE[3])}
-            for i, saved in state_dict["state"].items()
-            if all(key in saved for key in STATE[:3])
-        }
-        if missing := len(state_dict["state"]) - len(state):
-            warnings.warn(
-                f"{type(self).__name__}: the checkpoint has no moments of Adam's kind ({', '.join(STATE[:3])}) for "
-                f"{missing} parameters: theirs start from zero.",
-                stacklevel=2,
-            )
-        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        super().load_state_dict(checkpoint.adopt(self, state_dict))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Completes what an older version, an Adam checkpoint or a pickle may lack."""
@@ -286,7 +272,6 @@ class SAMSGrad(Sadam):
     """
 
     _amsgrad = True
-    _decoupled = False
 
     def __init__(
         self,
@@ -320,7 +305,6 @@ class SadamW(Sadam):
     The other arguments, and the errors, are those of :class:`Sadam`.
     """
 
-    _amsgrad = False
     _decoupled = True
 
     def __init__(
@@ -377,4 +361,6 @@ class SAMSGradW(Sadam):
 
 
 def _defaults(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {k: plain(v) for k, v in arguments.items() if k not in ("self", "params", "__class__")}
+    defaults = {k: plain(v) for k, v in arguments.items() if k not in ("self", "params", "__class__")}
+    check(type(arguments["self"]).__name__, defaults)
+    return defaults

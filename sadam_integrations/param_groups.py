@@ -52,7 +52,7 @@ def param_groups(model: nn.Module) -> list[dict[str, Any]]:
                 continue
             seen.add(parameter)
             if parameter.requires_grad:
-                (no_decay if is_norm or "bias" in name.rpartition(".")[2] else decay).append(parameter)
+                (no_decay if is_norm or "bias" in name else decay).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decay, "name": "decay"},
         {"params": no_decay, "name": "no_decay", "weight_decay": 0.0},

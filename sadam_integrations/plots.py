@@ -125,5 +125,8 @@ def _style(axes: Any, x: str, y: str) -> None:
 
 def _save(figure: Any, path: str | os.PathLike) -> None:
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    try:
+        figure.savefig(temporary, format="png")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

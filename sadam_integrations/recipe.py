@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 
 from sadam_integrations.version import __version__
 
@@ -59,14 +58,12 @@ def main(
     try:
         config = parse(config_class, sys.argv[1:] if argv is None else argv, doc, default_config)
         run(config)
-    except RecipeError as error:
+    except (RecipeError, OSError) as error:  # an OSError names the file: a full disk, a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        where = f": the same command goes on from what {config.output_dir} holds" if config else ""
-        if where and config.overwrite:
-            where = where.replace("command", "command without --overwrite")
-        print(f"\nInterrupted{where}.", file=sys.stderr)
+        again = "the same command without --overwrite" if config and config.overwrite else "the same command"
+        print(f"\nInterrupted: {again} goes on from the last checkpoint, if there is one.", file=sys.stderr)
         return 130
     return 0
 
@@ -87,7 +84,7 @@ def parse(config_class: type[C], argv: Sequence[str], doc: str | None, default_c
     Raises:
         RecipeError: If a key is unknown, or a value or a file is not valid.
     """
-    require("jsonargparse", "docstring_parser")
+    require("jsonargparse", "docstring_parser", "yaml")
     import docstring_parser
     import jsonargparse
 
@@ -116,7 +113,7 @@ def parse(config_class: type[C], argv: Sequence[str], doc: str | None, default_c
     try:
         values = parser.parse_args(argv).as_dict()
         return config_class(**{name: values[name] for name in hints})
-    except (argparse.ArgumentError, ValueError) as error:
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise RecipeError(_one_line(str(error), hints)) from None
 
 
@@ -190,6 +187,8 @@ def open_run(config: Any) -> Path:
     Raises:
         RecipeError: If the folder holds a finished run, an interrupted run with another config, or other files.
     """
+    import yaml
+
     folder = Path(config.output_dir)
     if not is_main_process():
         return folder
@@ -199,21 +198,46 @@ def open_run(config: Any) -> Path:
         raise RecipeError(f"output_dir: {folder} is a file: give another --output_dir")
     if folder.is_dir() and not saved.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise RecipeError(f"output_dir: {folder} holds files that are not a run's: give another --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    _lock(folder)
     if config.overwrite:
         for name in RUN_FILES:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif (folder / "result.json").exists():
         raise RecipeError(f"output_dir: {folder} holds a finished run: {fix}")
-    elif saved.exists():
-        before, now = yaml.safe_load(saved.read_text()) or {}, dataclasses.asdict(config)
+    elif any(folder.glob("checkpoints/*/trainer_state.json")):
+        try:
+            before, now = dict(yaml.safe_load(saved.read_text(encoding="utf-8"))), dataclasses.asdict(config)
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            raise RecipeError(f"output_dir: {saved} cannot be read ({error}): {fix}") from None
         if differing := [k for k in now if k not in NOT_COMPARED and before.get(k) != now[k]]:
             changes = ", ".join(f"{k} was {before.get(k)!r}, now {now[k]!r}" for k in differing)
             raise RecipeError(f"output_dir: {folder} holds an interrupted run with another config ({changes}): {fix}")
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(saved, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
     return folder
+
+
+def _lock(folder: Path) -> None:
+    """Keeps other processes out of a run's folder until this one ends, however it ends; not on Windows."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    if str(folder) not in _LOCKS:
+        handle = (folder / ".lock").open("w")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.close()
+            raise RecipeError(
+                f"output_dir: another process is running in {folder}: give another --output_dir"
+            ) from None
+        _LOCKS[str(folder)] = handle
+
+
+_LOCKS: dict[str, Any] = {}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -224,8 +248,11 @@ def write_text(path: Path, text: str) -> None:
         text: The new content.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_result(folder: Path, recipe: str, config: Any, metrics: dict, history: dict, seconds: float) -> dict:

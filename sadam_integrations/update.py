@@ -15,6 +15,7 @@ from torch import Tensor
 BiasCorrection = Literal["inner", "outer", "none"]
 BIAS_CORRECTIONS: tuple[BiasCorrection, ...] = ("inner", "outer", "none")
 LN2 = math.log(2.0)
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Moments(NamedTuple):
@@ -46,7 +47,7 @@ def softplus(x: Tensor, beta: float) -> Tensor:
 def widen(t: Tensor) -> Tensor:
     """What the arithmetic works on: half precision as float32, complex numbers as pairs of real ones."""
     t = torch.view_as_real(t) if torch.is_complex(t) else t
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+    return t.float() if t.dtype in HALF else t
 
 
 def gradient(param: Tensor, grad: Tensor, *, weight_decay: float, decoupled: bool, maximize: bool) -> Tensor:
@@ -60,7 +61,7 @@ def gradient(param: Tensor, grad: Tensor, *, weight_decay: float, decoupled: boo
 
 def second_moment(exp_avg_sq: Tensor, grad: Tensor, beta2: float) -> Tensor:
     """The running mean of the squared gradient after this step."""
-    return exp_avg_sq * beta2 + (1 - beta2) * (grad * grad)
+    return exp_avg_sq * beta2 + ((1 - beta2) * grad) * grad
 
 
 def corrections(
@@ -74,7 +75,7 @@ def corrections(
     """
     if bias_correction == "none":
         return 1.0, 1.0
-    if isinstance(step, Tensor) and step.device.type != "mps":
+    if isinstance(step, Tensor) and step.device.type not in ("mps", "xpu"):
         step = step.double()  # in float32, 1 - beta2**step is wrong by 6e-5 at the first step
     c1, root_c2 = 1 - beta1**step, (1 - beta2**step) ** 0.5
     return (root_c2 / c1, 1.0) if bias_correction == "outer" else (1 / c1, 1 / root_c2)

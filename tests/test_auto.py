@@ -304,6 +304,20 @@ def test_a_first_gradient_at_step_1000_is_measured_there(cls, foreach, until_the
     assert late.isfinite().all() and late.abs().max() < 0.15
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-2])
+def test_the_step_keeps_its_size_where_half_precision_cannot_hold_the_second_moment(dtype, size):
+    p = torch.nn.Parameter(torch.zeros(400, dtype=dtype))
+    optimizer = SadamW([p], lr=1.0, weight_decay=0.0)
+    torch.manual_seed(0)
+    for _ in range(1024):
+        p.grad = (torch.randn(400) * size).to(dtype)
+        with torch.no_grad():
+            p.zero_()
+        optimizer.step()
+    assert 0.05 < p.float().square().mean().sqrt() < 2  # lr 1: the update itself
+
+
 # 6. Costs little, settles
 
 
@@ -478,3 +492,24 @@ def test_one_log_line_when_the_betas_settle(caplog):
         train(optimizer, params, 300)
     lines = [r.getMessage() for r in caplog.records if r.name.startswith("sadam_integrations")]
     assert len(lines) == 1 and "SadamW" in lines[0] and f"{len(params)} parameters" in lines[0]
+
+
+def test_one_line_for_all_groups(caplog):
+    first, second = parameters(), parameters()
+    optimizer = SadamW([{"params": first}, {"params": second}])
+    with caplog.at_level(logging.INFO, logger="sadam_integrations.calibration"):
+        for t in range(1, calibration.SETTLED + 1):
+            gradients(first, t), gradients(second, t)
+            optimizer.step()
+    assert len([r for r in caplog.records if "settled" in r.message]) == 1
+
+
+def test_a_compiled_step_with_a_group_that_has_no_gradients():
+    torch._dynamo.reset()
+    params, frozen = parameters()[:2], parameters()[:1]
+    optimizer = SadamW([{"params": frozen}, {"params": params}])
+    gradients(params, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.compile(optimizer.step, backend="eager")()
+    assert chosen_betas(optimizer)["1.0"] > 0 and not optimizer.state.get(frozen[0])

@@ -184,3 +184,35 @@ def test_nan_and_inf_gradients_do_to_a_fixed_beta_what_they_do_to_adam(cls, fore
         p.grad, q.grad = (torch.tensor([1.0, bad, 0.0]) for _ in range(2))
         optimizer.step(), adam.step()
     assert torch.equal(p.isnan(), q.isnan()) and torch.equal(p.isnan(), torch.tensor([False, True, False]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("beta", -1), ("beta", math.nan), ("beta", "50"), ("lr", -1.0), ("lr", None), ("betas", (1.5, 0.9)),
+     ("weight_decay", -1), ("bias_correction", "bogus"), ("bias_correction", "outer"), ("maximize", "no")],
+    ids=str,
+)  # fmt: skip
+def test_a_group_that_was_set_wrong_is_refused_before_any_step(key, value):
+    first, second = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    optimizer = Sadam([{"params": [first]}, {"params": [second]}])
+    first.grad, second.grad = torch.ones(3), torch.ones(3)
+    optimizer.param_groups[1][key] = value
+    with pytest.raises((ValueError, TypeError), match=r"Sadam\.step"):
+        optimizer.step()
+    assert first.eq(1).all() and second.eq(1).all() and not optimizer.state
+
+
+def test_the_constructors_own_values_are_checked_also_where_every_group_overrides_them():
+    with pytest.raises(ValueError, match="learning rate"):
+        Sadam([{"params": [torch.nn.Parameter(torch.ones(3))], "lr": 0.1}], lr=-1)
+
+
+@pytest.mark.parametrize("lr", [-1.0, math.nan])
+def test_a_tensor_lr_has_the_same_range(lr):
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        Sadam([torch.nn.Parameter(torch.ones(3))], lr=torch.tensor(lr))
+
+
+def test_foreach_cannot_be_differentiated():
+    with pytest.raises(ValueError, match="differentiated"):
+        Sadam([torch.nn.Parameter(torch.ones(3))], foreach=True, differentiable=True)

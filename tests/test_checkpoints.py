@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -88,7 +89,8 @@ def test_everything_saved_is_made_of_plain_values(cls, tmp_path):
 @every_class
 def test_an_adamw_checkpoint_keeps_its_moments_and_beta_is_measured_at_the_next_step(cls, options, steps, tmp_path):
     params = parameters()
-    adam = torch.optim.AdamW(params, **options)
+    decay = {} if cls in (SadamW, SAMSGradW) else {"weight_decay": 0.0}  # coupled, it would be another optimizer
+    adam = torch.optim.AdamW(params, **options, **decay)
     train(adam, steps)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -338,3 +340,36 @@ def test_an_adamw_checkpoint_through_distributed_checkpoint(cls):
         assert torch.equal(optimizer.state[p]["exp_avg"], adam.state[p]["exp_avg"]) and optimizer.state[p]["step"] == 5
     train(optimizer, 1)
     assert all(beta > 0 for beta in chosen_betas(optimizer).values())
+
+
+def test_decay_that_changes_its_form_is_named():
+    params = parameters()
+    adam = torch.optim.AdamW(params, weight_decay=0.1)
+    train(adam)
+    with pytest.warns(UserWarning, match=r"weight_decay=0\.1 was decoupled and is coupled from now on"):
+        Sadam(params).load_state_dict(adam.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", "x"),
+        ("step", -1.0),
+        ("step", math.nan),
+        ("exp_avg", None),
+        ("exp_avg_sq", [1.0]),
+        ("beta", math.nan),
+        ("beta", -1.0),
+    ],
+    ids=str,
+)
+def test_a_damaged_state_is_refused_before_anything_changes(key, value):
+    params = parameters()
+    optimizer, other = SadamW(params), SadamW(params)
+    train(optimizer), train(other)
+    damaged = copy.deepcopy(other.state_dict())
+    damaged["state"][1][key] = value
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"parameter 1: {key}.*damaged"):
+        optimizer.load_state_dict(damaged)
+    assert str(optimizer.state_dict()) == str(before)

@@ -254,7 +254,7 @@ def test_adam_epsilon_is_answered(tmp_path, messages):
     assert "adam_epsilon=1e-06 has no effect: Sadam has no epsilon" in line and "eps" not in kwargs
 
 
-def test_deepspeed_may_not_put_its_own_adam_in_place(tmp_path):
+def test_deepspeed_may_not_put_its_own_adam_in_place(tmp_path, messages):
     args = hf_tiny.arguments(tmp_path, optim="sadam")
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     args.hf_deepspeed_config = HfDeepSpeedConfig(offload)
@@ -267,6 +267,7 @@ def test_deepspeed_may_not_put_its_own_adam_in_place(tmp_path):
     ):
         args.hf_deepspeed_config = HfDeepSpeedConfig(harmless)
         assert Trainer.get_optimizer_cls_and_kwargs(args)[0] is OPTIMIZERS["sadam"]
+    assert len([line for line in messages() if "flat pieces" in line]) == 1
 
 
 # Training

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -175,6 +176,10 @@ def test_nothing_is_overwritten_without_being_asked(bert, tmp_path):
 
     folder = opened()
     assert yaml.safe_load((folder / "config.yaml").read_text())["lr"] == 2e-4
+    opened("--lr", "1e-4"), opened()  # nothing to lose yet: it starts again, with the new config
+    checkpoint = folder / "checkpoints" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
     opened()  # interrupted: goes on
     with pytest.raises(
         RecipeError, match=r"interrupted run with another config \(lr was 0.0002, now 0.001\).*overwrite"
@@ -388,3 +393,37 @@ def test_torchrun_two_processes(tiny_model, csv_files, tmp_path):
     assert result["hardware"]["processes"] == 2
     assert done.stdout.count("validation accuracy") == 1
     assert result["history"]["validation"][-1]["step"] == 10  # 160 sentences, 2 processes of 16, 2 epochs
+
+
+def test_a_folder_belongs_to_one_process_at_a_time(bert, tmp_path):
+    code = "import sys, time; from pathlib import Path; from sadam_integrations import recipe; "
+    code += "recipe._lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
+    (tmp_path / "run").mkdir()
+    config = recipe.parse(bert.Config, ["--output_dir", str(tmp_path / "run")], "", DEFAULT)
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(RecipeError, match="another process is running"):
+            recipe.open_run(config)
+    finally:
+        other.kill()
+        other.wait()
+    recipe.open_run(config)  # the lock ends with its process, however that ends
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("text,label\n", "cannot be read|too few"),
+        ("text,label\na,0\n", "too few"),
+        ("text,label\n" + "a,0\n,1\n" * 10, "None, which is not a text"),
+        ("text,label\n" + "1,0\n2,1\n" * 10, "which is not a text"),
+        ("text,label\n" + "a,0\na,b,c,1\n" * 10, "cannot be read"),
+    ],
+    ids=["empty", "one row", "a text missing", "numbers", "ragged"],
+)
+def test_data_that_do_not_fit_end_in_one_line(rows, message, bert, tmp_path, capsys):
+    (tmp_path / "train.csv").write_text(rows)
+    data = ["--train_file", str(tmp_path / "train.csv"), "--text_column", "text"]
+    assert bert.main([*data, "--output_dir", str(tmp_path / "run")]) == 2
+    assert re.fullmatch(rf"error: .*({message}).*\n", capsys.readouterr().err)

@@ -17,7 +17,7 @@ import runpy
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -30,6 +30,12 @@ from sadam_integrations.param_groups import param_groups
 
 SEEDS = range(5)
 LEARNING_RATES = {"bert": (5e-5, 2e-4), "vit": (1e-3, 2e-3)}
+
+
+def mean_live(pieces: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The mean of the entries above zero, a 0-dim tensor: what the root mean square of sqrt(v) is made from."""
+    v = torch.cat([piece.flatten() for piece in pieces])
+    return v.double().sum() / (v > 0).sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,8 @@ class Candidate:
             patch(calibration, "FLOOR", self.floor)
             patch(calibration, "GAIN", self.gain)
             if self.quantile is None:
-                patch(calibration, "_histogram", lambda v: v[v > 0])
-                patch(calibration, "_quantile", lambda live: live.mean().item() if live.numel() else 0.0)
+                patch(calibration, "histogram", mean_live)
+                patch(calibration, "_quantile", lambda mean: mean)
             else:
                 patch(calibration, "QUANTILE", self.quantile)
             if self.kind == "relative epsilon":
@@ -195,6 +201,7 @@ def study(tasks: list[str], folder: Path, smoke: bool) -> None:
     from tqdm.auto import tqdm
 
     torch.set_num_threads(1)
+    folder = folder / "smoke" if smoke else folder
     folder.mkdir(parents=True, exist_ok=True)
     for task in tasks:
         path = folder / f"{task}.jsonl"

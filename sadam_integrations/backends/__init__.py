@@ -51,15 +51,16 @@ class Backend(Protocol):
 def pick(params: Sequence[Tensor], group: dict[str, Any]) -> Backend:
     """The backend that a parameter group's flags ask for; where they leave it open, the fastest one there is.
 
-    On a GPU that is foreach. On a CPU it is the for-loop: foreach makes more passes over memory there and is slower.
+    On a GPU that is foreach, except for DTensors, some of whose versions lack an operator. On a CPU it is the for-loop:
+    foreach makes more passes over memory there and is slower.
     """
     if group["foreach"] is not None:
         return foreach if group["foreach"] else for_loop
     batchable = not group["differentiable"] and (group["capturable"] or not isinstance(group["lr"], Tensor))
-    return foreach if batchable and all(p.device.type in FOREACH_DEVICES for p in params) else for_loop
+    plain = all(p.device.type in ("cuda", "xpu") and not hasattr(p, "to_local") for p in params)
+    return foreach if batchable and plain else for_loop
 
 
-FOREACH_DEVICES = {"cuda", "xpu"}
 NO_FUSED = (
     "fused=True asks for a fused kernel, and this version has none: leave fused=None, the fastest backend there is, "
     "or set foreach=True"

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from sadam_integrations.backends.for_loop import for_loop
-from sadam_integrations.update import corrections, widen
-
-HALF = (torch.float16, torch.bfloat16)
+from sadam_integrations.update import HALF, corrections, widen
 
 
 def foreach(

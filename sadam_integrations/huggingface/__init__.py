@@ -73,8 +73,8 @@ def _build(args: Any) -> tuple[type[Optimizer], dict[str, Any]]:
     """What the Trainer is to call for one of our names: the class and its keyword arguments."""
     name = str(getattr(args.optim, "value", args.optim))
     cls = OPTIMIZERS[name]
-    _refuse_offload(cls.__name__, args)
     kwargs = optimizer_kwargs(name, cls, args)
+    _check_deepspeed(cls.__name__, args, kwargs.get("beta", "auto"))
     if args.adam_epsilon != getattr(type(args), "adam_epsilon", 1e-8):
         logger.warning(
             f"adam_epsilon={args.adam_epsilon} has no effect: {cls.__name__} has no epsilon, the floor of its "
@@ -89,7 +89,7 @@ def _build(args: Any) -> tuple[type[Optimizer], dict[str, Any]]:
     return cls, kwargs
 
 
-def _refuse_offload(cls_name: str, args: Any) -> None:
+def _check_deepspeed(cls_name: str, args: Any, beta: Any) -> None:
     """Raises if accelerate would put DeepSpeed's own Adam in the optimizer's place, which it does without a word."""
     plugin = getattr(args, "deepspeed_plugin", None)
     config = getattr(args, "hf_deepspeed_config", None) or getattr(plugin, "hf_ds_config", None)
@@ -101,6 +101,11 @@ def _refuse_offload(cls_name: str, args: Any) -> None:
             f"the DeepSpeed configuration offloads the optimizer (zero_optimization.offload_optimizer.device="
             f"{device!r}), and accelerate would train with DeepSpeedCPUAdam instead of {cls_name}: add "
             f'"zero_force_ds_cpu_optimizer": false to the configuration, or remove offload_optimizer from it'
+        )
+    if beta == "auto" and config.get_value("zero_optimization.stage", 0):
+        logger.warning_once(
+            f'{cls_name}: beta="auto" measures the flat pieces that DeepSpeed\'s ZeRO hands to the optimizer, not '
+            f"whole parameters. To have one floor for all, give beta a number in optim_args."
         )
 
 
