@@ -156,8 +156,7 @@ class Config:
 def run(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Fine-tunes, evaluates, writes the run's folder and returns what ``result.json`` holds.
 
-    The other processes of torchrun write nothing and return the metrics and the history alone. The Trainer gets the
-    callbacks besides its own.
+    The other processes of torchrun write nothing and return the metrics and the history alone.
     """
     start = time.time()
     recipe.require("transformers", "accelerate", "datasets", "evaluate", "sklearn", "matplotlib")
@@ -211,10 +210,11 @@ def run(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         eval_dataset=validation,
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        callbacks=[training.Progress(), training.DataOrder(), *callbacks],
         compute_metrics=lambda p: metric.compute(predictions=p.predictions.argmax(-1), references=p.label_ids),
     )
     trainer.remove_callback(transformers.ProgressCallback)
+    for callback in (training.Progress(), training.DataOrder(), *callbacks):
+        trainer.add_callback(callback)
     main_process = trainer.is_world_process_zero()
     checkpoint = training.last_checkpoint(folder / "checkpoints")
     if main_process:

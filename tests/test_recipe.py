@@ -377,7 +377,7 @@ def test_interrupt_says_how_to_go_on(tiny_model, csv_files, tmp_path):
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code == 130
-    assert "the same command goes on from what" in err and "Traceback" not in err
+    assert "the same command goes on from the last checkpoint" in err and "Traceback" not in err
 
 
 @pytest.mark.slow
