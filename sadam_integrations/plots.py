@@ -73,7 +73,7 @@ def settings_figure(
         path: The PNG to write.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(10, 3.1 * len(tasks) + 0.5), dpi=100, layout="constrained", facecolor="white")
     grid = figure.subplots(len(tasks), len(metrics), squeeze=False)
@@ -101,10 +101,10 @@ def settings_figure(
                 )
             _style(axes, "Floor, in lower quartiles of sqrt(v)", f"{task}: {label}")
             axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(ScalarFormatter())
+            axes.xaxis.set_major_formatter("{x:g}")
             if metric == "spread":
                 axes.set_yscale("log", base=2)
-                axes.yaxis.set_major_formatter(ScalarFormatter())
+                axes.yaxis.set_major_formatter("{x:g}")
                 axes.yaxis.set_minor_formatter(NullFormatter())
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     _save(figure, path)

@@ -1,8 +1,8 @@
 """How beta="auto" compares with AdamW, setting by setting, on the bundled BERT task and a small ViT.
 
-    python recipes/studies/beta.py                 # everything: about two hours on two cores
+    python recipes/studies/beta.py                 # everything: some five hours on two cores
     python recipes/studies/beta.py vit             # one of the two tasks
-    python recipes/studies/beta.py --smoke    # one seed, a few steps, in a minute
+    python recipes/studies/beta.py --smoke    # one seed and a short training each, in minutes
 
 Every finished run is a line of runs/beta/<task>.jsonl; a study that was stopped goes on where it was. The tables and
 the figure are those of docs/beta.md.
@@ -76,10 +76,10 @@ CANDIDATES = {
         Candidate(f"floor {SHIPPED:g}, gain 1", gain=1.0),
         Candidate(f"AdamW, relative epsilon {SHIPPED:g}", kind="relative epsilon", gain=1.0),
         *(Candidate(f"Sadam (auto), floor {SHIPPED * k:g}", floor=SHIPPED * k) for k in (0.5, 2)),
-        Candidate("the same, samsgradw", optimizer="samsgradw"),
-        Candidate("the same, sadam, no weight decay", optimizer="sadam", weight_decay=0.0),
-        Candidate("the same, samsgrad, no weight decay", optimizer="samsgrad", weight_decay=0.0),
-        Candidate("the same, sadam, weight decay 0.01", optimizer="sadam"),
+        Candidate("by name: samsgradw", optimizer="samsgradw"),
+        Candidate("by name: sadam, no weight decay", optimizer="sadam", weight_decay=0.0),
+        Candidate("by name: samsgrad, no weight decay", optimizer="samsgrad", weight_decay=0.0),
+        Candidate("by name: sadam, weight decay 0.01", optimizer="sadam"),
     ],
     "vit": [
         ADAMW,
@@ -269,9 +269,8 @@ def points(task: str, rows: list[dict]) -> list[dict]:
 
 
 def mean(values: list[float]) -> str:
-    """Mean and standard deviation, three digits."""
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
+    """Mean and standard deviation, three digits; of one value, the value."""
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":
@@ -282,6 +281,6 @@ if __name__ == "__main__":
         "tasks", nargs="*", default=list(TASKS), choices=[*TASKS], help="which tasks to run (default: all)"
     )
     parser.add_argument("--output-dir", type=Path, default=Path("runs/beta"), help="where the runs and figures go")
-    parser.add_argument("--smoke", action="store_true", help="one seed and one epoch each, to see that it works")
+    parser.add_argument("--smoke", action="store_true", help="one seed and a short training each, to see that it works")
     arguments = parser.parse_args()
     study(arguments.tasks, arguments.output_dir, arguments.smoke)
