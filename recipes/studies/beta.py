@@ -1,6 +1,6 @@
 """How beta="auto" compares with AdamW, setting by setting, on the bundled BERT task and a small ViT.
 
-    python recipes/studies/beta.py                 # everything: some five hours on two cores
+    python recipes/studies/beta.py                 # everything: about three hours on one core
     python recipes/studies/beta.py vit             # one of the two tasks
     python recipes/studies/beta.py --smoke    # one seed and a short training each, in minutes
 
