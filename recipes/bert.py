@@ -297,7 +297,7 @@ def training_arguments(config: Config) -> Any:
             save_strategy="steps",
             save_steps=interval,
             save_total_limit=1,
-            logging_steps=interval / 8,
+            logging_steps=interval / 5,
             report_to="none",
             disable_tqdm=False,
             dataloader_pin_memory=torch.cuda.is_available(),
