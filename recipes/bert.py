@@ -202,7 +202,8 @@ def run(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     metric = ClassificationMetric(keep_in_memory=True)
     trainer_class = transformers.Trainer
     if config.layer_lr_decay < 1:
-        trainer_class = functools.partial(training.LayerwiseTrainer, layer_lr_decay=config.layer_lr_decay)
+        scales = recipe.layer_scales((name for name, _ in model.named_parameters()), config.layer_lr_decay)
+        trainer_class = functools.partial(training.LayerwiseTrainer, scales=scales)
     trainer = trainer_class(
         model=model,
         args=args,
@@ -229,10 +230,8 @@ def run(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     metrics = {f"validation_{key}": history["validation"][-1][key] for key in ("accuracy", "f1", "loss")}
     with args.main_process_first(desc="reading the test data"):
         test = (split := read_test_data(config)) and encode(split, config, tokenizer, names)
-    if test:
-        tested = trainer.evaluate(test, metric_key_prefix="test")
-        metrics |= {key: tested[key] for key in ("test_accuracy", "test_f1", "test_loss")}
-
+    tested = trainer.evaluate(test, metric_key_prefix="test") if test else {}
+    metrics |= {key: tested[key] for key in ("test_accuracy", "test_f1", "test_loss") if key in tested}
     seconds = time.time() - start
     summary = f"{config.optimizer} lr {config.lr:g}: validation accuracy {metrics['validation_accuracy']:.3f}"
     if not main_process:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,18 @@ import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from sadam_integrations.recipe import layer_scales
-
 
 class LayerwiseTrainer(Trainer):
-    """The Trainer with a learning rate that falls from each layer to the one below it.
+    """The Trainer with a learning rate of its own for each layer.
 
     Args:
-        layer_lr_decay: The factor from one layer to the one below it, in (0, 1].
+        scales: The factor of the learning rate for each parameter's name.
 
     The other arguments are the Trainer's.
     """
 
-    def __init__(self, *args: Any, layer_lr_decay: float, **kwargs: Any) -> None:
-        self.layer_lr_decay = layer_lr_decay
+    def __init__(self, *args: Any, scales: Mapping[str, float], **kwargs: Any) -> None:
+        self.scales = scales
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -33,11 +32,10 @@ class LayerwiseTrainer(Trainer):
         model: Any = self.model
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        scales = layer_scales(parameters, self.layer_lr_decay)
         decayed = set(self.get_decay_parameter_names(model))
         groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
         for name, p in parameters.items():
-            groups.setdefault((scales[name], name in decayed), []).append(p)
+            groups.setdefault((self.scales[name], name in decayed), []).append(p)
         optimizer = optimizer_class(
             [
                 {"params": p, "lr": settings["lr"] * scale, "weight_decay": self.args.weight_decay * decays}
