@@ -51,8 +51,8 @@ class Backend(Protocol):
 def pick(params: Sequence[Tensor], group: dict[str, Any]) -> Backend:
     """The backend that a parameter group's flags ask for; where they leave it open, the fastest one there is.
 
-    On a GPU that is foreach, except for DTensors, some of whose versions lack an operator. On a CPU it is the for-loop:
-    foreach makes more passes over memory there and is slower.
+    On a GPU that is foreach, except for DTensors, for which older versions of torch lack one of its operators. On a CPU
+    it is the for-loop: foreach makes more passes over memory there and is slower.
     """
     if group["foreach"] is not None:
         return foreach if group["foreach"] else for_loop
