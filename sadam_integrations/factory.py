@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
@@ -21,10 +23,48 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 }
 """What each name stands for, wherever an optimizer is chosen by name."""
 
+PEERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    "adam": (torch.optim.Adam, {"fused": True}),
+    "adamw": (torch.optim.AdamW, {"fused": True}),
+    "sgd": (torch.optim.SGD, {}),
+}
+"""Torch's own, to compare with: the class and the arguments that make it as fast as it can be."""
+
 
 def list_optimizers() -> list[str]:
-    """Lists the names that :func:`create_optimizer` and the integrations know."""
+    """Lists this package's names, which :func:`create_optimizer` and the integrations know."""
     return list(OPTIMIZERS)
+
+
+def optimizer_class(name: str) -> tuple[type[Optimizer], dict[str, Any]]:
+    """Finds the class that a name stands for.
+
+    Args:
+        name: One of :func:`list_optimizers`; ``adam``, ``adamw`` (both fused) or ``sgd`` for torch's; or the dotted
+            path of any library's optimizer, such as ``torch.optim.RMSprop``.
+
+    Returns:
+        The class, and the arguments that the name implies.
+
+    Raises:
+        ValueError: If there is no such name, module or class, or the class is not a torch optimizer.
+    """
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name], {}
+    if name in PEERS:
+        cls, implied = PEERS[name]
+        return cls, dict(implied)
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        known = did_you_mean(name, [*OPTIMIZERS, *PEERS])
+        raise ValueError(f"unknown optimizer {name!r}{known}, and dotted paths such as torch.optim.RMSprop")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"optimizer {name!r} cannot be imported: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise ValueError(f"optimizer {name!r} is not a subclass of torch.optim.Optimizer")
+    return found, {}
 
 
 def create_optimizer(name: str, model_or_params: nn.Module | ParamsT, **kwargs: Any) -> Optimizer:
@@ -40,7 +80,7 @@ def create_optimizer(name: str, model_or_params: nn.Module | ParamsT, **kwargs: 
     =============  ===========  ===============================================  ============
 
     Args:
-        name: One of :func:`list_optimizers`, in lower case.
+        name: One of the above, or another that :func:`optimizer_class` finds.
         model_or_params: A model, which is split by :func:`sadam_integrations.param_groups.param_groups` so that
             biases and normalisation layers are not decayed; or parameters, named parameters or parameter groups,
             which are taken as they are.
@@ -59,15 +99,17 @@ def create_optimizer(name: str, model_or_params: nn.Module | ParamsT, **kwargs: 
     """
     if not isinstance(name, str):
         raise TypeError(f"create_optimizer: the name comes first and is a string, not {type(name).__name__}")
-    if name not in OPTIMIZERS:
-        raise ValueError(f"create_optimizer: unknown optimizer {name!r}{did_you_mean(name, OPTIMIZERS)}")
-    cls = OPTIMIZERS[name]
+    try:
+        cls, implied = optimizer_class(name)
+    except ValueError as error:
+        raise ValueError(f"create_optimizer: {error}") from None
     valid = keywords(cls)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in valid.values())
     for key in kwargs:
-        if key not in valid:
+        if key not in valid and not takes_any:
             raise TypeError(f"create_optimizer: {cls.__name__} has no argument {key!r}{did_you_mean(key, valid)}")
     params = param_groups(model_or_params) if isinstance(model_or_params, nn.Module) else model_or_params
-    return cls(params, **kwargs)
+    return cls(params, **{**implied, **kwargs})
 
 
 def keywords(cls: type[Optimizer]) -> dict[str, inspect.Parameter]:
@@ -77,8 +119,8 @@ def keywords(cls: type[Optimizer]) -> dict[str, inspect.Parameter]:
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
     """Ends a message about an unknown word: the nearest valid ones, if any is near, and the list of all."""
-    hint = ""
-    if word == "eps":
+    hint, valid = "", list(valid)
+    if word == "eps" and "beta" in valid:
         hint = " (there is no epsilon: the floor of the denominator is ln 2 / beta)"
     elif matches := difflib.get_close_matches(word.lower(), valid, n=2):
         hint = f" (did you mean {' or '.join(matches)}?)"

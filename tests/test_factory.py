@@ -1,6 +1,7 @@
 """create_optimizer: the names, what each builds, and the answers to wrong ones."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -78,13 +79,55 @@ def test_keywords_reach_the_class():
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("adamw", "sadamw"), ("SadamW", "sadamw"), ("samsgrad_w", "samsgradw"), ("samgrad", "samsgrad"), ("lion", None)],
+    [
+        ("adamw_", "adamw or sadamw"),
+        ("SadamW", "sadamw"),
+        ("samsgrad_w", "samsgradw"),
+        ("samgrad", "samsgrad"),
+        ("lion", None),
+    ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest_and_the_list(name, nearest):
     with pytest.raises(ValueError, match=f"unknown optimizer '{name}'") as error:
         create_optimizer(name, model())
-    assert str(error.value).endswith("the valid ones are sadam, samsgrad, sadamw, samsgradw")
+    listed = "the valid ones are sadam, samsgrad, sadamw, samsgradw, adam, adamw, sgd"
+    assert str(error.value).endswith(f"{listed}, and dotted paths such as torch.optim.RMSprop")
     assert (f"(did you mean {nearest}" if nearest else f"'{name}';") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "fused"),
+    [
+        ("adam", torch.optim.Adam, True),
+        ("adamw", torch.optim.AdamW, True),
+        ("sgd", torch.optim.SGD, None),
+        ("torch.optim.RMSprop", torch.optim.RMSprop, None),
+        ("sadam_integrations.SAMSGrad", SAMSGrad, None),
+    ],
+)
+def test_other_optimizers_by_name_and_by_path(name, cls, fused):
+    optimizer = create_optimizer(name, model(), lr=0.1, weight_decay=0.3)
+    assert type(optimizer) is cls and optimizer.defaults.get("fused") is fused
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.1, 0.3), (0.1, 0.0)]
+    if fused:
+        assert create_optimizer(name, model(), fused=False).defaults["fused"] is False
+        with pytest.raises(TypeError, match=f"{cls.__name__} has no argument 'beta'"):
+            create_optimizer(name, model(), beta=50)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("torch.optim.Lion", "cannot be imported: module 'torch.optim' has no attribute 'Lion'"),
+        ("nowhere.Lion", "cannot be imported: No module named 'nowhere'"),
+        (".Lion", "unknown optimizer '.Lion'"),
+        ("torch.nn.Linear", "is not a subclass of torch.optim.Optimizer"),
+        ("torch.nn.functional.relu", "is not a subclass of torch.optim.Optimizer"),
+    ],
+)
+def test_a_path_that_leads_nowhere(path, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        create_optimizer(path, model())
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ class Candidate:
             yield
 
 
-ADAMW = Candidate("AdamW", kind="adamw", optimizer="adamw_torch_fused")
+ADAMW = Candidate("AdamW", kind="adamw", optimizer="adamw")
 SHIPPED = calibration.FLOOR
 CANDIDATES = {
     "bert": [

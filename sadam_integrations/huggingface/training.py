@@ -1,8 +1,9 @@
-"""What the recipes add to the Trainer: layer-wise lr decay, numbers in the progress bar, exact resuming."""
+"""What the recipes add to the Trainer: any optimizer by name, layer-wise rates, shown progress, exact resuming."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,40 @@ from typing import Any
 import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.training_args import OptimizerNames
+
+import sadam_integrations.huggingface  # noqa: F401  (its import registers the names)
+from sadam_integrations.factory import create_optimizer, optimizer_class
+
+logger = logging.getLogger(__name__)
+
+
+def named_optimizer(args: Any, name: str, settings: Mapping[str, Any]) -> tuple[type, dict[str, Any]] | None:
+    """Has the Trainer use an optimizer: by ``optim`` if that knows the name, else by ``optimizer_cls_and_kwargs``.
+
+    Args:
+        args: TrainingArguments, whose ``optim``, ``optim_args`` and betas are set.
+        name: A value of ``optim``, or a name that :func:`sadam_integrations.factory.optimizer_class` finds.
+        settings: The optimizer's arguments besides ``lr`` and ``weight_decay``.
+
+    Returns:
+        What the Trainer takes as ``optimizer_cls_and_kwargs``: None, or the class and its arguments.
+
+    Raises:
+        ValueError: If the name is unknown, or an argument is unknown or has a value that is not valid.
+        TypeError: If an argument is unknown or has the wrong type.
+    """
+    if name in {member.value for member in OptimizerNames}:
+        rest = dict(settings)
+        args.adam_beta1, args.adam_beta2 = rest.pop("betas", (args.adam_beta1, args.adam_beta2))
+        args.optim = OptimizerNames(name)
+        args.optim_args = ",".join(f"{key}={value}" for key, value in rest.items()) or None
+        Trainer.get_optimizer_cls_and_kwargs(args)
+        return None
+    cls, implied = optimizer_class(name)
+    kwargs = {**implied, "lr": args.learning_rate, **settings}
+    create_optimizer(name, [torch.zeros(1, requires_grad=True)], **kwargs)
+    return cls, kwargs
 
 
 class LayerwiseTrainer(Trainer):
@@ -30,13 +65,13 @@ class LayerwiseTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         model: Any = self.model
-        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        cls, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         decayed = set(self.get_decay_parameter_names(model))
         groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
         for name, p in parameters.items():
             groups.setdefault((self.scales[name], name in decayed), []).append(p)
-        optimizer = optimizer_class(
+        optimizer = cls(
             [
                 {"params": p, "lr": settings["lr"] * scale, "weight_decay": self.args.weight_decay * decays}
                 for (scale, decays), p in groups.items()
@@ -61,7 +96,8 @@ class Progress(ProgressCallback):
         control.should_log |= control.should_save
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Shows the newest training loss and validation accuracy."""
+        """Shows the newest training loss and validation accuracy, and writes everything into the run's log."""
+        logger.info("step %d: %s", state.global_step, logs)
         if state.is_world_process_zero and self.training_bar is not None:
             for key, name in (("loss", "loss"), ("eval_accuracy", "validation")):
                 if key in logs:
