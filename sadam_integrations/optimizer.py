@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -103,7 +104,8 @@ class Sadam(Optimizer):
             What the closure returned, or ``None``.
 
         Raises:
-            RuntimeError: If a gradient is sparse; no parameter has been changed then.
+            RuntimeError: If a gradient is sparse, or the module that a closure brings along is trained and has none of
+                the optimizer's parameters; no parameter has been changed then.
             ValueError: If a value in ``param_groups`` has been set to one that is not valid; likewise.
         """
         loss = None
@@ -118,6 +120,8 @@ class Sadam(Optimizer):
             if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
                 raise RuntimeError(f"{name} does not support sparse gradients: use torch.optim.SparseAdam for them")
 
+        if not torch.compiler.is_compiling() and not self.state:
+            _check_in_use(name, self.param_groups, closure)
         for group in self.param_groups:
             with torch.set_grad_enabled(group["differentiable"]):
                 self._step_group(group)
@@ -364,3 +368,25 @@ def _defaults(arguments: dict[str, Any]) -> dict[str, Any]:
     defaults = {k: plain(v) for k, v in arguments.items() if k not in ("self", "params", "__class__")}
     check(type(arguments["self"]).__name__, defaults)
     return defaults
+
+
+def _check_in_use(name: str, groups: list[dict[str, Any]], closure: Any) -> None:
+    """Warns of a first step without any gradient; an error if the closure's module has none of the parameters.
+
+    Lightning's closure is a ``functools.partial`` with the module among its arguments.
+    """
+    mine = {p for group in groups for p in group["params"] if p.requires_grad}
+    if not mine or any(p.grad is not None for p in mine):
+        return
+    fix = "Build it afterwards: in Lightning, in configure_optimizers, and not by --optimizer (see docs/lightning.md)."
+    for module in (arg for arg in getattr(closure, "args", ()) if isinstance(arg, torch.nn.Module)):
+        if mine.isdisjoint(module.parameters()) and any(p.grad is not None for p in module.parameters()):
+            raise RuntimeError(
+                f"{name} has none of the parameters that {type(module).__name__} is trained with: it was built before "
+                f"the model was sharded or its parameters were replaced. {fix}"
+            )
+    warnings.warn(
+        f"{name}: nothing was updated, because no parameter has a gradient. If this goes on, the optimizer has "
+        f"parameters that the model no longer uses: it was built before the model was sharded, wrapped or moved. {fix}",
+        stacklevel=2,
+    )

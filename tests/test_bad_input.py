@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 import pytest
@@ -216,3 +217,19 @@ def test_a_tensor_lr_has_the_same_range(lr):
 def test_foreach_cannot_be_differentiated():
     with pytest.raises(ValueError, match="differentiated"):
         Sadam([torch.nn.Parameter(torch.ones(3))], foreach=True, differentiable=True)
+
+
+@every_class
+def test_an_optimizer_built_before_its_modules_parameters_were_replaced(cls):
+    module = torch.nn.Linear(3, 1)
+    optimizer = cls(module.parameters())
+    module.weight, module.bias = (torch.nn.Parameter(p.detach().clone()) for p in module.parameters())
+
+    def closure(module):
+        module(torch.ones(2, 3)).sum().backward()
+
+    with pytest.raises(RuntimeError, match=f"{cls.__name__} has none of the parameters that Linear is trained with"):
+        optimizer.step(functools.partial(closure, module))  # Lightning's closure brings the module along like this
+    with pytest.warns(UserWarning, match="nothing was updated, because no parameter has a gradient"):
+        optimizer.step()  # nothing is known of the module here
+    assert not optimizer.state
