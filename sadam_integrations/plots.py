@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 BLUE, ORANGE = "#0072B2", "#D55E00"
-"""Two colours of Okabe and Ito's palette, told apart by people with any colour vision."""
+COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+"""Okabe and Ito's palette, told apart by people with any colour vision; line styles and markers say the same again."""
 
 INK, GRID = "#222222", "#DDDDDD"
 
@@ -107,6 +108,64 @@ def settings_figure(
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.yaxis.set_minor_formatter(NullFormatter())
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    _save(figure, path)
+
+
+def compare_figure(series: Sequence[Mapping[str, Any]], path: str | os.PathLike, title: str = "") -> None:
+    """Draws optimizers side by side: training loss and validation accuracy over the steps, accuracy over the rates.
+
+    Args:
+        series: An entry for each optimizer and learning rate: ``{"label": "sadamw", "lr": 1e-3, "chosen": True,
+            "histories": [history, ...], "final": [0.82, ...]}``, one history (see :func:`training_figure`) and one
+            final accuracy a seed. Curves are drawn for the chosen rates: means, with bands of a standard deviation.
+        path: The PNG to write.
+        title: A line above the panels.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    labels = list(dict.fromkeys(entry["label"] for entry in series))
+    styles = {
+        label: {"color": COLOURS[i % 7], "linestyle": ("-", "--", ":", "-.")[i % 4], "marker": "os^Dv"[i % 5]}
+        for i, label in enumerate(labels)
+    }
+    figure = Figure(figsize=(11, 3.6), dpi=150, layout="constrained", facecolor="white")
+    left, middle, right = figure.subplots(1, 3)
+    handles: dict[str, Any] = {}
+    for entry in (entry for entry in series if entry["chosen"]):
+        for axes, split, key in ((left, "train", "loss"), (middle, "validation", "accuracy")):
+            points: dict[float, list[float]] = {}
+            for point in (point for history in entry["histories"] for point in history[split]):
+                points.setdefault(point["step"], []).append(point[key])
+            steps = sorted(points)
+            means, deviations = zip(*(_mean(points[step]) for step in steps), strict=True) if steps else ((), ())
+            style = {**styles[entry["label"]], "marker": ""}
+            (handles[f"{entry['label']}, lr {entry['lr']:g}"],) = axes.plot(steps, means, linewidth=1.8, **style)
+            low, high = ([m + sign * d for m, d in zip(means, deviations, strict=True)] for sign in (-1, 1))
+            axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    rates = sorted({entry["lr"] for entry in series})
+    for label in labels:
+        own = sorted((entry for entry in series if entry["label"] == label), key=lambda entry: entry["lr"])
+        shift = 1.03 ** (labels.index(label) - (len(labels) - 1) / 2)  # error bars beside each other
+        means, deviations = zip(*(_mean(entry["final"]) for entry in own), strict=True)
+        right.errorbar([entry["lr"] * shift for entry in own], means, deviations, capsize=3, **styles[label])
+    for axes, x, y in (
+        (left, "Step", "Training loss"),
+        (middle, "Step", "Validation accuracy"),
+        (right, "Learning rate", "Final validation accuracy"),
+    ):
+        _style(axes, x, y)
+    left.set_ylim(bottom=0)
+    for axes in (left, middle):
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    right.set_xscale("log")
+    right.set_xlim(rates[0] / 1.3, rates[-1] * 1.3)
+    right.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    right.minorticks_off()
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    if title:
+        figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
     _save(figure, path)
 
 

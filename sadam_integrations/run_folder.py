@@ -76,7 +76,7 @@ def open_run(config: Any, source: str | Path) -> Path:
         raise RecipeError(f"output_dir: {folder} holds files that are not a run's: give another --output_dir")
     code = Path(source).read_text(encoding="utf-8")  # it may be the copy in this very folder
     folder.mkdir(parents=True, exist_ok=True)
-    _lock(folder)
+    lock(folder)
     if config.overwrite:
         for name in RUN_FILES:
             path = folder / name
@@ -117,8 +117,15 @@ def _open_log(path: Path, mode: str) -> None:
         logging.getLogger(name).addHandler(handler)
 
 
-def _lock(folder: Path) -> None:
-    """Keeps other processes out of a run's folder until this one ends, however it ends; not on Windows."""
+def lock(folder: Path) -> None:
+    """Keeps other processes out of a folder until this one ends, however it ends; not on Windows.
+
+    Args:
+        folder: The folder of a run or a comparison.
+
+    Raises:
+        RecipeError: If another process is in it.
+    """
     try:
         import fcntl
     except ImportError:
@@ -136,6 +143,21 @@ def _lock(folder: Path) -> None:
 
 
 _LOCKS: dict[str, Any] = {}
+
+
+def wait_for(folder: Path) -> None:
+    """Returns when no process is running in a run's folder.
+
+    Args:
+        folder: The folder; it need not exist.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    if (folder / ".lock").exists():
+        with (folder / ".lock").open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -177,6 +199,26 @@ def write_result(folder: Path, recipe: str, config: Any, metrics: dict, history:
         "hardware": hardware(),
     }
     write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """Returns the ``result.json`` of a finished run.
+
+    Args:
+        folder: The run's folder.
+
+    Raises:
+        RecipeError: If there is none, or it cannot be read.
+    """
+    path = folder / "result.json"
+    if not path.is_file():
+        raise RecipeError(f"{folder} holds no finished run: {path} is missing")
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        result["metrics"], result["history"], result["config"], result["recipe"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{path} is not a run's result: {error!r}") from None
     return result
 
 

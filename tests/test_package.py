@@ -3,10 +3,12 @@
 import ast
 import inspect
 import itertools
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import typing
 import zipfile
 from pathlib import Path
@@ -54,6 +56,23 @@ print({"numpy", "transformers", "lightning", "matplotlib"} & sys.modules.keys())
 
 def test_the_package_needs_torch_alone():
     assert python(TORCH_ALONE) == "set()\n"
+
+
+def test_so_does_the_command_until_a_recipe_runs(tmp_path):
+    code = (
+        TORCH_ALONE
+        + f"""
+from sadam_integrations.cli import main
+print([main(words) for words in (["ls"], ["env"], ["cp", "bert", {str(tmp_path)!r}], ["run", "vit"], ["run", "bert"])])
+"""
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.stdout.splitlines()[-1] == "[0, 0, 0, 2, 2]", done.stderr
+    vit, bert = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert re.fullmatch(
+        r'error: vit.py needs \w+, which is not installed: pip install "sadam-integrations\[recipes\]"', vit
+    )
+    assert re.fullmatch(r'error: .* not found: pip install "sadam-integrations\[recipes\]"', bert)
 
 
 def test_importing_the_package_imports_nothing_else():
@@ -170,16 +189,23 @@ def test_the_pins_cover_the_dependencies():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def wheel_file(tmp_path_factory):
     """A wheel of a copy of the sources: the checkout stays clean."""
     source, out = tmp_path_factory.mktemp("source") / "s", tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT, source, ignore=lambda folder, names: [n for n in names if n.startswith(".") or n in LEFT])
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
-        archive.extractall(out / "unpacked")
-    return out / "unpacked"
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel(wheel_file):
+    """What the wheel holds."""
+    folder = wheel_file.parent / "unpacked"
+    with zipfile.ZipFile(wheel_file) as archive:
+        archive.extractall(folder)
+    return folder
 
 
 LEFT = {"build", "dist", "runs", "__pycache__", "sadam_integrations.egg-info"}
@@ -196,7 +222,7 @@ def test_the_wheel_holds_the_package_and_the_recipes_alone(wheel):
     assert files(wheel / "sadam_integrations") == files(PACKAGE)
     recipes = {path for path in files(ROOT / "recipes") if not path.endswith(".md")}
     packed = {str(p.relative_to(wheel / "sadam_integrations/_recipes")) for p in wheel.rglob("_recipes/**/*.*")}
-    assert {"bert.py", "bert.yaml"} <= recipes
+    assert {"bert.py", "bert.yaml", "vit.py", "vit.yaml", "studies/beta.py"} <= recipes
     assert recipes <= packed
 
 
@@ -212,6 +238,65 @@ def test_the_wheel_says_what_it_is(wheel):
 def test_the_wheel_works_where_the_checkout_is_not(wheel):
     code = f"import sys; sys.path.insert(0, {str(wheel)!r}); import sadam_integrations as s; print(s.__file__)"
     assert Path(python(code, cwd=wheel).strip()) == wheel / "sadam_integrations" / "__init__.py"
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A virtual environment with the packages of this one, except that ours is not installed."""
+    folder = tmp_path / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    (site / "packages.pth").write_text(sysconfig.get_path("purelib"))  # only listed: its own .pth files are not read
+    return folder
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the layout of a virtual environment is another on Windows")
+@pytest.mark.parametrize(
+    "kind",
+    ["wheel", pytest.param("checkout", marks=pytest.mark.slow), pytest.param("editable", marks=pytest.mark.slow)],
+)
+def test_the_command_runs_wherever_the_package_is(kind, environment, wheel_file, tmp_path):
+    cwd, sadam = tmp_path, [environment / "bin" / "sadam"]
+    if kind == "wheel":
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            environment / "bin" / "python",
+            "install",
+            "--no-deps",
+            "--no-index",
+        ]
+        done = subprocess.run([*pip, wheel_file], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    elif kind == "checkout":
+        cwd, sadam = ROOT, [environment / "bin" / "python", "-m", "sadam_integrations"]
+    else:
+        sadam = [Path(sys.executable).with_name("sadam")]
+
+    def told(*words):
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": "",
+        }
+        done = subprocess.run([*sadam, *words], capture_output=True, text=True, cwd=cwd, env=env, timeout=280)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    home = {"wheel": environment, "checkout": ROOT, "editable": ROOT}[kind]
+    assert re.search(rf"^recipes +{home}/", told("env"), re.MULTILINE)
+    assert "\n    vit_imagenet " in told("ls")
+    assert "mine/bert.yaml" in told("cp", "bert", tmp_path / "mine")
+    for recipe in ("bert", "vit"):
+        folder = tmp_path / "runs" / recipe
+        last = told("run", recipe, "--smoke", "--output_dir", folder).splitlines()[-1]
+        assert re.fullmatch(r"sadamw lr \S+: validation accuracy 0\.\d+, test 0\.\d+, \d+ s -> .*", last)
+        files = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        assert files == {"result.json", "figure.png", "config.yaml", "log.txt", "recipe.py", "model"}
 
 
 def blocks():

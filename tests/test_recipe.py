@@ -397,7 +397,7 @@ def test_torchrun_two_processes(tiny_model, csv_files, tmp_path):
 
 def test_a_folder_belongs_to_one_process_at_a_time(bert, tmp_path):
     code = "import sys, time; from pathlib import Path; from sadam_integrations import run_folder; "
-    code += "run_folder._lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
+    code += "run_folder.lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
     (tmp_path / "run").mkdir()
     config = recipe.parse(bert.Config, ["--output_dir", str(tmp_path / "run")], "", DEFAULT)
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE)

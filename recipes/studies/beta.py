@@ -1,8 +1,8 @@
 """How beta="auto" compares with AdamW, setting by setting, on the bundled BERT task and a small ViT.
 
-    python recipes/studies/beta.py                 # everything: about three hours on one core
-    python recipes/studies/beta.py vit             # one of the two tasks
-    python recipes/studies/beta.py --smoke    # one seed and a short training each, in minutes
+    sadam run studies/beta            # everything: about three hours on one core
+    sadam run studies/beta vit        # one of the two tasks
+    sadam run studies/beta --smoke    # one seed and a short training each, in minutes
 
 Every finished run is a line of runs/beta/<task>.jsonl; a study that was stopped goes on where it was. The tables and
 the figure are those of docs/beta.md.
@@ -10,14 +10,16 @@ the figure are those of docs/beta.md.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import math
 import runpy
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -273,14 +275,20 @@ def mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-if __name__ == "__main__":
-    import argparse
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the study from the command line and returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="sadam run studies/beta", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "tasks", nargs="*", default=list(TASKS), choices=[*TASKS], help="which tasks to run (default: all)"
     )
     parser.add_argument("--output-dir", type=Path, default=Path("runs/beta"), help="where the runs and figures go")
     parser.add_argument("--smoke", action="store_true", help="one seed and a short training each, to see that it works")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     study(arguments.tasks, arguments.output_dir, arguments.smoke)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""The ``sadam`` command: a file a verb, and here what they share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from sadam_integrations.cli import compare, cp, env, ls, run
+from sadam_integrations.run_folder import RecipeError
+from sadam_integrations.version import __version__
+
+DESCRIPTION = """\
+Recipes that train with Sadam, SAMSGrad and their peers: run them, copy them, compare optimizers with them.
+
+  sadam ls                                 which recipes there are, and their configs
+  sadam run bert --smoke                   try one in seconds, offline
+  sadam run vit --help                     every key of a recipe
+  sadam run vit --lr 1e-3 --seed 1 --output_dir runs/mine
+  sadam cp bert .                          the recipe as a file of your own: sadam run ./bert.py
+  sadam compare vit --optimizers adamw sadamw --seeds 3
+  sadam env                                versions, devices, and how a step is computed on each
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code.
+
+    Args:
+        argv: The words after ``sadam``; by default those of the command line.
+
+    Returns:
+        0 if it went well, 1 if a run of a comparison failed, 2 for a mistake, 130 if it was interrupted.
+    """
+    parser = argparse.ArgumentParser(
+        prog="sadam", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(metavar="VERB", title="verbs (sadam VERB --help explains each)")
+    for module in (ls, run, cp, compare, env):
+        verb = verbs.add_parser(
+            module.__name__.rpartition(".")[2],
+            help=module.SUMMARY,
+            description=module.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.arguments(verb)
+        verb.set_defaults(go=module.go, verb=verb)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args, unknown = parser.parse_known_args(words)
+    if not hasattr(args, "go"):
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.print_help()
+        return 0
+    if unknown and args.go is not compare.go:
+        args.verb.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides = unknown
+    try:
+        return args.go(args)
+    except BrokenPipeError:  # sadam ls | head
+        return 0
+    except (RecipeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
