@@ -109,7 +109,7 @@ def _open_log(path: Path, mode: str) -> None:
     warnings = logging.getLogger("py.warnings")
     if not any(type(old) is logging.StreamHandler for old in warnings.handlers):
         warnings.addHandler(logging.StreamHandler())  # they are still seen
-    for name in ("sadam_integrations", "transformers", "lightning.pytorch", "py.warnings"):
+    for name in ("sadam_integrations", "transformers", "lightning.pytorch", "pytorch_lightning", "py.warnings"):
         for old in list(logging.getLogger(name).handlers):
             if type(old) is logging.FileHandler:
                 logging.getLogger(name).removeHandler(old)

@@ -76,11 +76,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def go(args: argparse.Namespace) -> int:
     """Makes or reads the runs, prints the table and writes the figure and the JSON; 1 if a run failed."""
     recipe.require("matplotlib", "yaml", "tqdm")
+    about: dict[str, Any] = {}
     if all((Path(word) / "config.yaml").is_file() for word in args.what):
-        runs = existing(args)
-        folder, about = args.output_dir or Path("runs/compare"), {}
+        runs, folder = existing(args), args.output_dir or Path("runs/compare")
     else:
-        runs, folder, about = planned(args)
+        runs, folder = planned(args)
+        about["overrides"] = args.overrides
     folder.mkdir(parents=True, exist_ok=True)
     lock(folder)
     try:
@@ -118,7 +119,7 @@ def existing(args: argparse.Namespace) -> list[Run]:
     return runs
 
 
-def planned(args: argparse.Namespace) -> tuple[list[Run], Path, dict[str, Any]]:
+def planned(args: argparse.Namespace) -> tuple[list[Run], Path]:
     """Works out every run of a comparison, and checks all of them before the first one starts."""
     if len(args.what) > 1:
         raise RecipeError(f"{args.what[0]} is not the folder of a run, and only one recipe is compared at a time")
@@ -147,7 +148,7 @@ def planned(args: argparse.Namespace) -> tuple[list[Run], Path, dict[str, Any]]:
                 runs.append(Run(optimizer, config.lr, seed, place, words, config))
     for run in runs:
         take(run)
-    return runs, folder, {"overrides": args.overrides}
+    return runs, folder
 
 
 def parse(module: ModuleType, words: Sequence[str]) -> Any:
