@@ -11,7 +11,7 @@ help: ## Lists the targets (what `make` alone does)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.demo ## Fine-tunes a small BERT on movie reviews; options: make demo ARGS="--help"
-	$(BIN)/python recipes/bert.py $(ARGS)
+	$(BIN)/sadam run bert $(ARGS)
 
 test: lint ## Everything quick: lint, types, the tests that take seconds
 	$(PYTEST)
