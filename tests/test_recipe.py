@@ -212,6 +212,20 @@ def test_an_incomplete_checkpoint_is_not_resumed_from(tmp_path):
     assert last_checkpoint(tmp_path / "none") is None
 
 
+def test_a_loss_logged_out_of_turn_is_merged_with_the_next():
+    from sadam_integrations.huggingface.training import points
+
+    log = [
+        {"step": step, "loss": loss} for step, loss in ((7, 1.0), (14, 0.8), (16, 0.1), (21, 0.8), (28, 0.5), (30, 0.4))
+    ]
+    log.insert(3, {"step": 16, "eval_accuracy": 0.9, "eval_f1": 0.8, "eval_loss": 0.3})
+    found = points(log)
+    assert [point["step"] for point in found["train"]] == [7, 14, 21, 28, 30]
+    assert [point["loss"] for point in found["train"]] == pytest.approx([1.0, 0.8, (2 * 0.1 + 5 * 0.8) / 7, 0.5, 0.4])
+    assert found["validation"] == [{"step": 16, "accuracy": 0.9, "f1": 0.8, "loss": 0.3}]
+    assert points([]) == {"train": [], "validation": []}
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     run_folder.write_text(tmp_path / "a", "old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -138,10 +138,20 @@ def points(log_history: list[dict[str, float]]) -> dict[str, list[dict[str, floa
     """Returns the training losses and the validation results over the steps.
 
     Args:
-        log_history: The log of the Trainer's state.
+        log_history: The log of the Trainer's state. A loss logged out of turn, for a checkpoint, is a mean over fewer
+            steps than the others: it is merged with the next one.
     """
+    logged = [(int(e["step"]), e["loss"]) for e in log_history if "loss" in e]
+    steps = [step for step, _ in logged]
+    widths = [step - before for before, step in zip([0, *steps], steps, strict=False)]
+    train, width, total = [], 0, 0.0
+    for (step, loss), own in zip(logged, widths, strict=True):
+        width, total = width + own, total + own * loss
+        if width >= max(widths) or step == steps[-1]:
+            train.append({"step": step, "loss": total / width})
+            width, total = 0, 0.0
     return {
-        "train": [{"step": e["step"], "loss": e["loss"]} for e in log_history if "loss" in e],
+        "train": train,
         "validation": [
             {"step": e["step"], **{key: e[f"eval_{key}"] for key in ("accuracy", "f1", "loss")}}
             for e in log_history

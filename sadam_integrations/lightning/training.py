@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 
-from sadam_integrations.recipe import layer_scales
+from sadam_integrations.recipe import RecipeError, layer_scales
 
 logger = logging.getLogger(__name__)
 
@@ -206,12 +206,12 @@ def averaged_weights(decay: float) -> Callback:
         decay: Weight of the old average at each step, such as 0.9999.
 
     Raises:
-        ImportError: If Lightning is older than 2.6.
+        RecipeError: If Lightning is older than 2.6.
     """
     try:
         from lightning.pytorch.callbacks import WeightAveraging
     except ImportError:
-        raise ImportError(f"weight averaging needs lightning 2.6 or newer, this is {L.__version__}") from None
+        raise RecipeError(f"ema: {decay} needs lightning 2.6 or newer, this is {L.__version__}") from None
     from torch.optim.swa_utils import get_ema_multi_avg_fn
 
     class AveragedWeights(WeightAveraging):
