@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -169,8 +170,12 @@ def compare_figure(series: Sequence[Mapping[str, Any]], path: str | os.PathLike,
     _save(figure, path)
 
 
-def _mean(values: Sequence[float]) -> tuple[float, float]:
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def _mean(values: Sequence[float | None]) -> tuple[float, float]:
+    """Mean and standard deviation; not a number, which is not drawn, if a value is none."""
+    numbers = [value for value in values if value is not None and math.isfinite(value)]
+    if len(numbers) < len(values):
+        return math.nan, math.nan
+    return statistics.mean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0.0
 
 
 def _style(axes: Any, x: str, y: str) -> None:

@@ -9,12 +9,14 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sadam_integrations import plots
 from sadam_integrations.run_folder import (
     RecipeError,
     is_main_process,
@@ -27,6 +29,7 @@ __all__ = [
     "RecipeError",
     "config_files",
     "data_file",
+    "finish",
     "is_main_process",
     "layer_scales",
     "main",
@@ -65,8 +68,10 @@ def main(
         config = parse(config_class, sys.argv[1:] if argv is None else argv, doc, default_config)
         run(config)
     except (RecipeError, OSError) as error:  # an OSError names the file: a full disk, a folder that cannot be written
-        say(f"error: {error}", sys.stderr)
-        if config and not is_main_process():  # what is wrong in the command line is said once
+        logging.getLogger(__name__).error("%s", error, exc_info=isinstance(error, OSError))
+        if is_main_process():
+            print(f"error: {error}", file=sys.stderr)
+        elif config:  # what is wrong in the command line is said once
             print(f"error in process {os.environ['RANK']}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -85,7 +90,8 @@ def parse(config_class: type[C], argv: Sequence[str], doc: str | None, default_c
     Args:
         config_class: A dataclass; the "Attributes" of its docstring are the help of its keys. Its ``__post_init__``
             may raise a ``ValueError`` for a value that is out of range. If its key ``smoke`` comes out true, the
-            values of its class attribute ``SMOKE`` go between the files and the command line.
+            values of its class attribute ``SMOKE`` go between the files and the command line, and ``output_dir`` gets a
+            name of its own unless it is given there.
         argv: The command line without the program's name. A bare ``--flag`` means ``--flag true``; ``--config`` takes
             a YAML file, or the name of one beside the default config.
         doc: What ``--help`` says first.
@@ -124,8 +130,12 @@ def parse(config_class: type[C], argv: Sequence[str], doc: str | None, default_c
         if values.get("smoke"):
             smoke = [f"--{key}={json.dumps(value)}" for key, value in getattr(config_class, "SMOKE", {}).items()]
             values = parser.parse_args([*files, *smoke, *words]).as_dict()
+            if not any(word.startswith("--output_dir") for word in words):
+                values["output_dir"] += "_smoke"  # it does not take the place of the run that it tries out
         if missing := [k for k, hint in hints.items() if values[k] is None and type(None) not in typing.get_args(hint)]:
             raise RecipeError(f"no value for {', '.join(missing)}: give --config FILE with every key")
+        if twice := [key for key in values.get("optimizer_args") or {} if key in hints]:
+            raise RecipeError(f"optimizer_args.{twice[0]}: it has a key of its own, --{twice[0]}")
         return config_class(**{key: values[key] for key in hints})
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise RecipeError(_one_line(str(error), hints)) from None
@@ -156,9 +166,10 @@ def config_files(default_config: Path) -> list[Path]:
     """Returns a recipe's configs, the default first.
 
     Args:
-        default_config: The YAML file beside the recipe; the others begin with its name.
+        default_config: The YAML file beside the recipe; the others begin with its name and an underscore.
     """
-    return sorted(default_config.parent.glob(f"{default_config.stem}*.yaml"))
+    others = sorted(default_config.parent.glob(f"{default_config.stem}_*.yaml"))
+    return [default_config, *others] if default_config.is_file() else others
 
 
 def _one_line(message: str, hints: dict[str, Any]) -> str:
@@ -210,6 +221,32 @@ def data_file(name: str) -> Path:
     if not path.is_file():
         raise RecipeError(f"the bundled file {name} is missing from {path.parent}: install the package again")
     return path
+
+
+def finish(
+    folder: Path, recipe: str, title: str, config: Any, metrics: dict, history: dict, seconds: float
+) -> dict[str, Any]:
+    """Closes a run: draws the figure, writes ``result.json``, removes the checkpoints and says what came out.
+
+    Args:
+        folder: The run's folder.
+        recipe: The recipe's name.
+        title: What was trained, for the figure.
+        config: The resolved config, a dataclass with ``optimizer`` and ``lr``.
+        metrics: The final numbers, ``validation_accuracy`` among them.
+        history: What :func:`sadam_integrations.plots.training_figure` draws.
+        seconds: How long the run took, wall clock.
+
+    Returns:
+        What ``result.json`` holds.
+    """
+    summary = f"{config.optimizer} lr {config.lr:g}: validation accuracy {metrics['validation_accuracy']:.3f}"
+    plots.training_figure(history, folder / "figure.png", f"{title}, {summary}")
+    result = write_result(folder, recipe, config, metrics, history, seconds)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    tested = f", test {metrics['test_accuracy']:.3f}" if "test_accuracy" in metrics else ""
+    say(f"{summary}{tested}, {seconds:.0f} s -> {folder}")
+    return result
 
 
 def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -20,11 +22,14 @@ from sadam_integrations.version import __version__
 RUN_FILES = ("result.json", "figure.png", "model", "checkpoints", "config.yaml", "recipe.py", "log.txt")
 """What a run writes into its folder; ``result.json`` comes last, so that its presence means "finished"."""
 
+LOCK = ".lock"
+"""The file that is locked while a process is at work in a folder; it marks the folder as one of ours."""
+
 NOT_COMPARED = ("output_dir", "overwrite")
 """Keys that may differ between an interrupted run and the one that continues it."""
 
 logger = logging.getLogger(__name__)
-logger.addHandler(logging.NullHandler())
+logging.getLogger("sadam_integrations").addHandler(logging.NullHandler())
 
 
 class RecipeError(Exception):
@@ -44,8 +49,9 @@ def say(text: str, file: Any = None) -> None:
         file: Where to, if not to standard output.
     """
     if is_main_process():
-        print(text, file=file, flush=True)
         logger.info(text.strip())
+        with contextlib.suppress(BrokenPipeError):  # nobody reads it any more: no reason to stop a training
+            print(text, file=file, flush=True)
 
 
 def open_run(config: Any, source: str | Path) -> Path:
@@ -72,7 +78,8 @@ def open_run(config: Any, source: str | Path) -> Path:
     saved = folder / "config.yaml"
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"output_dir: {folder} is a file: give another --output_dir")
-    if folder.is_dir() and not saved.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    ours = (folder / LOCK).exists()
+    if folder.is_dir() and not ours and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise RecipeError(f"output_dir: {folder} holds files that are not a run's: give another --output_dir")
     code = Path(source).read_text(encoding="utf-8")  # it may be the copy in this very folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +99,8 @@ def open_run(config: Any, source: str | Path) -> Path:
         if differing := [k for k in now if k not in NOT_COMPARED and before.get(k) != now[k]]:
             changes = ", ".join(f"{k} was {before.get(k)!r}, now {now[k]!r}" for k in differing)
             raise RecipeError(f"output_dir: {folder} holds an interrupted run with another config ({changes}): {fix}")
+        if not same_recipe(folder, code):
+            raise RecipeError(f"output_dir: {folder} holds an interrupted run of another version of the recipe: {fix}")
     else:
         write_text(saved, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
         write_text(folder / "recipe.py", code)
@@ -126,38 +135,36 @@ def lock(folder: Path) -> None:
     Raises:
         RecipeError: If another process is in it.
     """
-    try:
-        import fcntl
-    except ImportError:
+    if str(folder) in _LOCKS:
         return
-    if str(folder) not in _LOCKS:
-        handle = (folder / ".lock").open("w")
+    handle = (folder / LOCK).open("w")
+    with contextlib.suppress(ImportError):
+        import fcntl
+
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             handle.close()
             raise RecipeError(
                 f"output_dir: another process is running in {folder}: give another --output_dir"
             ) from None
-        _LOCKS[str(folder)] = handle
+        except OSError:  # a file system without locks
+            logger.warning("%s cannot be locked: nothing keeps a second run out of it", folder)
+    _LOCKS[str(folder)] = handle
 
 
 _LOCKS: dict[str, Any] = {}
 
 
-def wait_for(folder: Path) -> None:
-    """Returns when no process is running in a run's folder.
+def same_recipe(folder: Path, code: str) -> bool:
+    """Whether the run in a folder was made by this version of its recipe.
 
     Args:
-        folder: The folder; it need not exist.
+        folder: The run's folder.
+        code: The recipe's source now.
     """
-    try:
-        import fcntl
-    except ImportError:
-        return
-    if (folder / ".lock").exists():
-        with (folder / ".lock").open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    source = folder / "recipe.py"
+    return source.is_file() and source.read_text(encoding="utf-8") == code
 
 
 def write_text(path: Path, text: str) -> None:
@@ -173,6 +180,24 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file in one go; a number that is not finite becomes null.
+
+    Args:
+        path: Where to.
+        value: The content.
+    """
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: finite(item) for key, item in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [finite(item) for item in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
 def write_result(folder: Path, recipe: str, config: Any, metrics: dict, history: dict, seconds: float) -> dict:
@@ -198,7 +223,9 @@ def write_result(folder: Path, recipe: str, config: Any, metrics: dict, history:
         "versions": versions(),
         "hardware": hardware(),
     }
-    write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    write_json(folder / "result.json", result)
+    if handle := _LOCKS.pop(str(folder), None):
+        handle.close()
     return result
 
 
@@ -216,9 +243,12 @@ def read_result(folder: Path) -> dict[str, Any]:
         raise RecipeError(f"{folder} holds no finished run: {path} is missing")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        result["metrics"], result["history"], result["config"], result["recipe"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"{path} is not a run's result: {error!r}") from None
+        needed = ("recipe", "metrics", "history", "config", "versions", "hardware", "seconds")
+        missing = [key for key in needed if key not in result]
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{path} is not a run's result: {error}") from None
+    if missing:
+        raise RecipeError(f"{path} is not a run's result: it has no {', '.join(missing)}")
     return result
 
 

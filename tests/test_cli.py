@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from sadam_integrations import cli, recipe
-from sadam_integrations.cli import compare, recipes
+from sadam_integrations.cli import compare, recipes, tables
 
 for module in ("jsonargparse", "matplotlib", "tqdm"):
     pytest.importorskip(module)
@@ -119,7 +119,7 @@ def test_a_run_can_be_made_again_from_its_folder(capsys, toy):
     assert told(capsys, "run", "runs/toy/recipe.py", "--config", "runs/toy/config.yaml", "--output_dir", "b")[0] == 0
     first, second = (json.loads((toy / folder / "result.json").read_text()) for folder in ("runs/toy", "b"))
     assert first["metrics"] == second["metrics"] and second["config"]["optimizer_args"] == {"beta": 7}
-    assert "3 epochs" not in (toy / "b" / "log.txt").read_text() and "loss" in (toy / "b" / "log.txt").read_text()
+    assert "validation accuracy" in (toy / "b" / "log.txt").read_text()
 
 
 # ---------------------------------------------------------------- run
@@ -128,6 +128,7 @@ def test_a_run_can_be_made_again_from_its_folder(capsys, toy):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["rnu", "bert"], "unknown verb 'rnu' (did you mean run?)"),
         (["run", "brt"], "unknown recipe 'brt': did you mean 'bert'?"),
         (["run", "xyz"], "unknown recipe 'xyz': there are bert, "),
         (["run", "toy"], "unknown recipe 'toy': for your own file, write toy.py"),
@@ -144,11 +145,14 @@ def test_a_run_can_be_made_again_from_its_folder(capsys, toy):
         (["compare", "./toy.py", "--optimizers", "adamw:beta=1"], "AdamW has no argument 'beta'"),
         (["compare", "./toy.py", "--optimizers", "sadamw:beta"], "'beta' is not of the form key=value"),
         (["compare", "./toy.py", "--optimizers", "sadamw:beta=-1"], "beta"),
+        (["compare", "./toy.py", "--optimizers", "sadamw:beta=["], "'[' is not a value"),
+        (["compare", "./toy.py", "--optimizers", "sgd:lr=3"], "optimizer_args.lr: it has a key of its own, --lr"),
+        (["compare", "./toy.py", "--optimizers", "sgd", "--overwrite"], "each run of a comparison has its own folder"),
         (["compare", "./toy.py", "--optimizers", "sgd", "--lrs", "x"], "lr: 'x' is not a valid value"),
         (["compare", "./toy.py", "--optimizers", "sgd", "--seeds", "0"], "--seeds: 0 is not valid"),
-        (["compare", "./toy.py", "--optimizers", "sgd", "--seed", "1"], "--seed is not for all runs: --seeds"),
+        (["compare", "./toy.py", "--optimizers", "sgd", "--seed", "1"], "--seed: in a comparison this is --seeds"),
         (["compare", "./toy.py", "--optimizers", "sgd", "--epoch", "1"], "unknown key 'epoch': did you mean 'epochs'"),
-        (["compare", "./toy.py", "bert", "--optimizers", "sgd"], "is not the folder of a run"),
+        (["compare", "./toy.py", "bert", "--optimizers", "sgd"], "is not the folder of a finished run"),
         (["compare", "./empty.py", "--optimizers", "sgd"], "it has no Config, DEFAULT_CONFIG"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -178,7 +182,7 @@ def test_what_is_given_beside_smoke_holds(toy):
 def test_several_processes_and_their_mistakes(toy):
     process = start("run", "./toy.py", "--nproc", 2, "--output_dir", "two")
     out, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (0, "") and out.count("2 processes, loss") == 1
+    assert (process.returncode, err) == (0, "") and out.startswith("2 processes\n") and out.count("-> two") == 1
     process = start("run", "--nproc", 2, "./toy.py", "--lr", "fast")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2 and out == ""
@@ -255,12 +259,90 @@ def test_compare(capsys, toy):
     assert code == 2 and "compared as they are" in err
 
 
+def run_for(capsys, folder, seed=0, **keys):
+    """Makes a run of a comparison in this process."""
+    words = [f"--{key}={value}" for key, value in {"optimizer": "sgd", "lr": 0.1, "seed": seed, **keys}.items()]
+    return told(capsys, "run", "toy.py", f"--output_dir={folder}/sgd-lr{keys.get('lr', 0.1)!r}-seed{seed}", *words)
+
+
+def test_compare_with_runs_that_diverged(capsys, toy):
+    for lr in (0.1, 1e30):
+        for seed in (0, 1):
+            assert run_for(capsys, "runs/compare/toy", seed, lr=lr)[0] == 0
+    code, out, _ = told(
+        capsys, "compare", "toy.py", "--optimizers", "sgd", "--lrs", "0.1", "1e30", "1e-1", "--seeds", 2
+    )
+    assert code == 0 and re.search(r"^\| sgd +\| 1e\+30 +\| 2 +\| .*\| nan +\|$", out, re.MULTILINE)
+    text = (toy / "runs/compare/toy/compare.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    found = json.loads(text)
+    assert [(row["lr"], row["runs"], row["chosen"]) for row in found["summary"]] == [(0.1, 2, True), (1e30, 2, False)]
+    assert found["summary"][1]["validation_loss"] == {"mean": None, "sd": None}
+    assert (toy / "runs/compare/toy/compare.png").exists()
+
+
+def test_compare_takes_nothing_that_was_made_otherwise(capsys, toy):
+    words = ["compare", "toy.py", "--optimizers", "sgd", "--seeds", 1]
+    assert run_for(capsys, "runs/compare/toy")[0] == 0
+    assert told(capsys, *words)[0] == 0
+    code, _, err = told(capsys, "compare", "toy.py", "--optimizers", "adam", "--seeds", 1)
+    assert code == 2 and "holds a comparison with sgd-lr0.1-seed0, which is not part of this one" in err
+    source = (toy / "toy.py").read_text()
+    (toy / "toy.py").write_text(source.replace("2 * x", "3 * x"))
+    code, _, err = told(capsys, *words)
+    assert code == 2 and "another version of the recipe" in err
+    (toy / "toy.py").write_text(source)
+    folder = toy / "runs/compare/toy/sgd-lr0.1-seed0"
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps({**result, "metrics": {"f1": 1.0}}))
+    code, _, err = told(capsys, *words)
+    assert code == 2 and "has no validation_accuracy among its metrics" in err
+    (folder / "result.json").unlink()
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints/last.pt").write_text("")
+    code, _, err = told(capsys, *words, "--epochs", 9)
+    assert code == 2 and "holds a run with epochs: 3, now it is 9" in err
+
+
+def test_compare_chooses_among_the_rates_with_the_fewest_failures():
+    metrics = {(0.1, 0): 0.5, (0.1, 1): 0.6, (0.2, 0): 0.9}
+    runs = [
+        tables.Run("a", lr, seed, Path("x"), "x", result={"metrics": {"validation_accuracy": accuracy}})
+        for (lr, seed), accuracy in metrics.items()
+    ]
+    assert [row["chosen"] for row in tables.summarise(runs)] == [True, False]
+
+
+def test_compare_says_in_what_overlaid_runs_differ(capsys, toy):
+    for name, lr in (("a", 0.1), ("b", 0.2)):
+        assert told(capsys, "run", "toy.py", "--output_dir", name, "--lr", lr)[0] == 0
+    code, out, _ = told(capsys, "compare", "a", "b", "a", "--output_dir", "both")
+    assert code == 0 and "\nThe runs differ in lr.\n2 of 2 runs" in out and " ± " not in out
+    code, _, err = told(capsys, "compare", "a", "none")
+    assert code == 2 and "none holds no finished run" in err
+    result = json.loads((toy / "b/result.json").read_text())
+    (toy / "b/result.json").write_text(json.dumps({**result, "recipe": "other"}))
+    code, _, err = told(capsys, "compare", "a", "b")
+    assert code == 2 and "different recipes, other, toy" in err
+
+
+def test_arguments_of_an_optimizer_may_be_lists_and_classes_ones_own(toy, monkeypatch, capsys):
+    assert compare.optimizer_arguments("adamw", "betas=[0.8,0.95],fused=false") == {
+        "betas": [0.8, 0.95],
+        "fused": False,
+    }
+    (toy / "mine_too.py").write_text("import torch\nclass Mine(torch.optim.SGD): pass\n")
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    code, _, err = told(capsys, "compare", "toy.py", "--optimizers", "mine_too.Mine", "--lrs", "x")
+    assert code == 2 and "lr: 'x' is not a valid value" in err  # the rate is wrong, the optimizer was found
+
+
 def test_compare_reports_a_failure_and_keeps_the_rest(capsys, toy):
     words = ["compare", "./toy.py", "--optimizers", "sadamw", "--seeds", 2, "--smoke"]
     code, out, err = told(capsys, *words, "--fails_at", 0)
-    folder = toy / "runs/compare/toy"
+    folder = toy / "runs/compare/toy_smoke"
     assert code == 1 and "1 of 2 runs" in out
-    assert "failed: runs/compare/toy/sadamw-lr0.1-seed0: seed: 0 fails" in err
+    assert "failed: runs/compare/toy_smoke/sadamw-lr0.1-seed0: seed: 0 fails" in err
     failed, finished = comparison(folder)["runs"]
     assert failed["error"] == "seed: 0 fails" and "metrics" in finished
 

@@ -159,11 +159,49 @@ def test_help_explains_every_key(bert, capsys):
 def test_a_wrong_optimizer_argument_is_answered_before_training(bert, tmp_path, capsys):
     assert bert.main(["--output_dir", str(tmp_path / "run"), "--optimizer", "adamw_trch"]) == 2
     assert "adamw_trch" in capsys.readouterr().err
-    for wrong in ("beta=-1", "betta=1", "beta=many", "fused=true", "betas=0.9"):
+    for wrong in ("lr=1", "weight_decay=1", "beta=-1", "betta=1", "beta=many", "fused=true", "betas=0.9"):
         assert bert.main(["--output_dir", str(tmp_path / "run"), f"--optimizer_args.{wrong}"]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "built"),
+    [
+        ("sadamw", {"beta": 1000, "betas": [0.8, 0.9]}, None),
+        ("adafactor", {}, None),
+        ("sgd", {"momentum": 0.9}, "SGD"),
+        ("adamw", {"betas": [0.8, 0.9]}, "AdamW"),
+        ("torch.optim.RMSprop", {"alpha": 0.5}, "RMSprop"),
+    ],
+)
+def test_the_trainer_gets_any_optimizer_with_its_arguments(name, settings, built, tmp_path):
+    import hf_tiny
+    from transformers import Trainer
+
+    from sadam_integrations.huggingface.training import named_optimizer
+
+    args = hf_tiny.arguments(tmp_path, learning_rate=0.25)
+    chosen = named_optimizer(args, name, settings)
+    _, kwargs = chosen or Trainer.get_optimizer_cls_and_kwargs(args)
+    assert (chosen[0].__name__ if chosen else None) == built
+    assert kwargs["lr"] == 0.25 and {key: kwargs[key] for key in settings} == {
+        key: tuple(value) if name == "sadamw" and key == "betas" else value for key, value in settings.items()
+    }
+    if name != "adafactor":
+        with pytest.raises((ValueError, TypeError)):
+            named_optimizer(args, name, {"momentumm": 0.9})
+
+
+def test_smoke_has_a_folder_of_its_own(bert):
+    assert recipe.parse(bert.Config, ["--smoke"], "", DEFAULT).output_dir == "runs/bert_smoke"
+    assert recipe.parse(bert.Config, ["--smoke", "--output_dir", "x"], "", DEFAULT).output_dir == "x"
+
+
+def test_json_has_null_for_what_is_not_finite(tmp_path):
+    run_folder.write_json(tmp_path / "a.json", {"a": [float("nan"), 1.5, {"b": float("inf")}], "c": None})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [None, 1.5, {"b": None}], "c": None}
 
 
 # ---------------------------------------------------------------- the run folder
@@ -185,6 +223,9 @@ def test_nothing_is_overwritten_without_being_asked(bert, tmp_path):
         RecipeError, match=r"interrupted run with another config \(lr was 0.0002, now 0.001\).*overwrite"
     ):
         opened("--lr", "1e-3")
+    (folder / "recipe.py").write_text("another version")
+    with pytest.raises(RecipeError, match="interrupted run of another version of the recipe"):
+        opened()
     (folder / "result.json").write_text("{}")
     with pytest.raises(RecipeError, match="finished run: give --overwrite true"):
         opened()
@@ -196,6 +237,7 @@ def test_nothing_is_overwritten_without_being_asked(bert, tmp_path):
 
 def test_a_folder_that_is_not_a_runs_is_refused_even_with_overwrite(bert, tmp_path):
     (tmp_path / "model").mkdir()
+    (tmp_path / "config.yaml").write_text("mine: true\n")
     with pytest.raises(RecipeError, match="files that are not a run's"):
         recipe.open_run(recipe.parse(bert.Config, ["--output_dir", str(tmp_path), "--overwrite"], "", DEFAULT), BERT)
     assert (tmp_path / "model").exists()

@@ -203,7 +203,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(vit, tmp_path, monkeypatch, ba
     run("whole")
     with monkeypatch.context() as patch, pytest.raises(Stop):
         if batch is None:
-            patch.setattr(vit.plots, "training_figure", lambda *_: (_ for _ in ()).throw(Stop()))
+            patch.setattr(recipe.plots, "training_figure", lambda *_: (_ for _ in ()).throw(Stop()))
         run("stopped", [Stopper()])
     torch.rand(7)  # the generator is elsewhere than it was
     run("stopped")

@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "tasks", nargs="*", default=list(TASKS), choices=[*TASKS], help="which tasks to run (default: all)"
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/beta"), help="where the runs and figures go")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/beta"), help="where the runs and figures go")
     parser.add_argument("--smoke", action="store_true", help="one seed and a short training each, to see that it works")
     arguments = parser.parse_args(argv)
     study(arguments.tasks, arguments.output_dir, arguments.smoke)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from sadam_integrations.cli import compare, cp, env, ls, run
+from sadam_integrations.factory import did_you_mean
 from sadam_integrations.run_folder import RecipeError
 from sadam_integrations.version import __version__
 
@@ -48,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.arguments(verb)
         verb.set_defaults(go=module.go, verb=verb)
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-") and words[0] not in verbs.choices:
+        print(f"error: unknown verb {words[0]!r}{did_you_mean(words[0], verbs.choices)}", file=sys.stderr)
+        return 2
     args, unknown = parser.parse_known_args(words)
     if not hasattr(args, "go"):
         if unknown:
@@ -55,8 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     if unknown and args.go is not compare.go:
-        args.verb.error(f"unrecognized arguments: {' '.join(unknown)}")
+        hint = ": keys come after the recipe's name" if args.go is run.go else ""
+        args.verb.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     args.overrides = unknown
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # an optimizer of your own, by the dotted path of its module
     try:
         return args.go(args)
     except BrokenPipeError:  # sadam ls | head

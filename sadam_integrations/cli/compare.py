@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import math
 import os
+import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,8 +22,9 @@ import torch
 
 from sadam_integrations import plots, recipe
 from sadam_integrations.cli.recipes import find, load
+from sadam_integrations.cli.tables import CHOICE, Run, curves, differences, notes, record, sentence, summarise, table
 from sadam_integrations.factory import create_optimizer
-from sadam_integrations.run_folder import NOT_COMPARED, RecipeError, lock, read_result, wait_for, write_text
+from sadam_integrations.run_folder import NOT_COMPARED, RecipeError, lock, read_result, same_recipe, write_json
 
 SUMMARY = "compare optimizers on a recipe, or runs that exist"
 DESCRIPTION = """\
@@ -35,33 +38,12 @@ with standard deviations and the paired differences to the first optimizer; comp
 
 An optimizer is sadam, sadamw, samsgrad, samsgradw, torch's adam, adamw (both fused) or sgd, or a dotted path to any
 other, then ":key=value,..." for its arguments. Other --key value pairs go to the recipe, for every run. The learning
-rate is chosen by the mean validation accuracy. Stopped at any moment and started again, the comparison goes on from
-where it was; a run that fails is reported at the end and tried again the next time. The runs' models are not kept.
+rate is chosen by the mean validation accuracy, among the rates with the fewest failures. Stopped at any moment and
+started again, the comparison goes on from where it was, and more optimizers, rates or seeds may be added; a run that
+fails is reported at the end and tried again the next time. The runs' models are not kept.
 """
 
-COLUMNS = {
-    "validation_accuracy": "validation accuracy",
-    "test_accuracy": "test accuracy",
-    "validation_loss": "validation loss",
-}
-CHOICE = next(iter(COLUMNS))
-"""What the learning rate is chosen by."""
-
 TAKEN = {"optimizer": "--optimizers", "optimizer_args": "--optimizers NAME:key=value", "lr": "--lrs", "seed": "--seeds"}
-
-
-@dataclasses.dataclass
-class Run:
-    """One run of a comparison: what it is to be, and once it is finished what came out, or the error."""
-
-    label: str
-    lr: float
-    seed: int
-    folder: Path
-    words: list[str] = dataclasses.field(default_factory=list)
-    config: Any = None
-    result: dict[str, Any] | None = None
-    error: str | None = None
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,19 +51,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="+", metavar="RECIPE | RUN", help="a recipe, or two and more folders of runs")
     parser.add_argument("--optimizers", nargs="+", metavar="NAME[:key=value,...]", help="what to compare")
     parser.add_argument("--lrs", nargs="+", metavar="LR", help="learning rates for each (default: the config's)")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 for each (default: 3)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 for each (default: 3)")
     parser.add_argument("--output_dir", type=Path, help="where to (default: runs/compare/RECIPE, or runs/compare)")
 
 
 def go(args: argparse.Namespace) -> int:
-    """Makes or reads the runs, prints the table and writes the figure and the JSON; 1 if a run failed."""
+    """Makes or reads the runs, prints the table and writes the JSON and the figure; 1 if a run failed."""
     recipe.require("matplotlib", "yaml", "tqdm")
-    about: dict[str, Any] = {}
-    if all((Path(word) / "config.yaml").is_file() for word in args.what):
-        runs, folder = existing(args), args.output_dir or Path("runs/compare")
-    else:
-        runs, folder = planned(args)
-        about["overrides"] = args.overrides
+    overlay = (Path(args.what[0]) / "result.json").exists()
+    runs, folder = existing(args) if overlay else planned(args)
+    check_earlier(runs, folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock(folder)
     try:
@@ -90,16 +69,26 @@ def go(args: argparse.Namespace) -> int:
         print("\nInterrupted: the same command goes on from here.", file=sys.stderr)
         return 130
     summary = summarise(runs)
+    gaps = differences(runs, summary)
     finished = [run for run in runs if run.result]
+    about = {
+        "overrides": args.overrides,
+        "summary": summary,
+        "differences": gaps,
+        "runs": [record(run) for run in runs],
+    }
     if finished:
-        about |= {key: finished[0].result[key] for key in ("recipe", "versions", "hardware")}  # type: ignore[index]
-        title = f"{about['recipe']}: means over the seeds, with standard deviations"
+        first = finished[0].result or {}
+        about = {**{key: first[key] for key in ("recipe", "versions", "hardware")}, **about}
+    write_json(folder / "compare.json", about)
+    if finished:
+        title = about["recipe"] if overlay else f"{about['recipe']}: means over the seeds, with standard deviations"
         plots.compare_figure(curves(runs, summary), folder / "compare.png", title)
         print(table(summary))
-        for line in differences(runs, summary):
+        for gap in gaps:
+            print(sentence(gap))
+        for line in notes([run.result for run in finished if run.result], overlay):
             print(line)
-    records = [record(run) for run in runs]
-    write_text(folder / "compare.json", json.dumps({**about, "summary": summary, "runs": records}, indent=2) + "\n")
     print(f"{len(finished)} of {len(runs)} runs -> {folder}")
     for run in runs:
         if run.error:
@@ -107,48 +96,60 @@ def go(args: argparse.Namespace) -> int:
     return 0 if len(finished) == len(runs) else 1
 
 
-def existing(args: argparse.Namespace) -> list[Run]:
+def existing(args: argparse.Namespace) -> tuple[list[Run], Path]:
     """Reads runs that are finished."""
-    if args.optimizers or args.lrs or args.overrides:
+    if args.optimizers or args.lrs or args.seeds or args.overrides:
         raise RecipeError("runs that exist are compared as they are: leave --optimizers and all other keys out")
     runs = []
-    for word in args.what:
-        result = read_result(Path(word))
-        config = result["config"]
-        runs.append(Run(word, float(config["lr"]), int(config["seed"]), Path(word), result=result))
-    return runs
+    for word in {str(Path(word).resolve()): word for word in args.what}.values():
+        run = Run(word, math.nan, 0, Path(word), word)
+        run.result = read_result(run.folder)
+        run.lr, run.seed = float(run.result["config"]["lr"]), int(run.result["config"]["seed"])
+        check_choice(run)
+        runs.append(run)
+    if len(kinds := {run.result["recipe"] for run in runs if run.result}) > 1:
+        raise RecipeError(f"these are runs of different recipes, {', '.join(sorted(kinds))}: compare those of one")
+    return runs, args.output_dir or Path("runs/compare")
 
 
 def planned(args: argparse.Namespace) -> tuple[list[Run], Path]:
     """Works out every run of a comparison, and checks all of them before the first one starts."""
     if len(args.what) > 1:
-        raise RecipeError(f"{args.what[0]} is not the folder of a run, and only one recipe is compared at a time")
+        raise RecipeError(
+            f"{args.what[0]} is not the folder of a finished run, and only one recipe is compared at a time"
+        )
     path = find(args.what[0])
     module = load(path, "Config", "DEFAULT_CONFIG")
     if not args.optimizers:
         raise RecipeError("give --optimizers, such as --optimizers adamw sadamw")
-    if args.seeds < 1:
-        raise RecipeError(f"--seeds: {args.seeds} is not valid, it is at least 1")
+    seeds = 3 if args.seeds is None else args.seeds
+    if seeds < 1:
+        raise RecipeError(f"--seeds: {seeds} is not valid, it is at least 1")
     for word in args.overrides:
         key = word.lstrip("-").partition("=")[0].partition(".")[0]
-        if word.startswith("--") and key in (*TAKEN, *NOT_COMPARED):
-            raise RecipeError(f"--{key} is not for all runs: {TAKEN.get(key, 'each run has a folder of its own')}")
-    folder = args.output_dir or Path("runs/compare") / path.stem
-    rates = args.lrs or [str(parse(module, args.overrides).lr)]
-    runs = []
-    for optimizer in dict.fromkeys(args.optimizers):
+        if word.startswith("--") and key in TAKEN:
+            raise RecipeError(f"--{key}: in a comparison this is {TAKEN[key]}")
+        if word.startswith("--") and key in NOT_COMPARED:
+            raise RecipeError(
+                f"--{key}: each run of a comparison has a folder of its own; delete what is to be made anew"
+            )
+    base = parse(module, args.overrides)
+    folder = args.output_dir or Path("runs/compare") / (path.stem + ("_smoke" if base.smoke else ""))
+    code = path.read_text(encoding="utf-8")
+    runs: dict[Path, Run] = {}
+    for optimizer in args.optimizers:
         name, _, settings = optimizer.partition(":")
         given = [f"--optimizer={name}", f"--optimizer_args={json.dumps(optimizer_arguments(name, settings))}"]
-        for lr in dict.fromkeys(rates):
-            for seed in range(args.seeds):
+        for lr in args.lrs or [repr(base.lr)]:
+            for seed in range(seeds):
                 words = [*args.overrides, *given, f"--lr={lr}", f"--seed={seed}"]
                 config = parse(module, words)
-                place = folder / f"{'-'.join(filter(None, (name, settings)))}-lr{config.lr:g}-seed{seed}"
+                place = folder / f"{'-'.join(filter(None, (name, settings)))}-lr{config.lr!r}-seed{seed}"
                 words = ["-m", "sadam_integrations", "run", str(path), *words, f"--output_dir={place}"]
-                runs.append(Run(optimizer, config.lr, seed, place, words, config))
-    for run in runs:
+                runs[place] = Run(optimizer, config.lr, seed, place, place.name, words, config, code)
+    for run in runs.values():
         take(run)
-    return runs, folder
+    return list(runs.values()), folder
 
 
 def parse(module: ModuleType, words: Sequence[str]) -> Any:
@@ -161,31 +162,65 @@ def optimizer_arguments(name: str, settings: str) -> dict[str, Any]:
     import yaml
 
     given = {}
-    for item in filter(None, settings.split(",")):
+    source = f"--optimizers {name}{':' if settings else ''}{settings}"
+    for item in filter(None, re.split(r",(?![^\[]*\])", settings)):  # not the commas of betas=[0.9,0.99]
         key, equals, value = item.partition("=")
         if not equals:
-            raise RecipeError(f"--optimizers {name}:{settings}: {item!r} is not of the form key=value")
-        given[key] = yaml.safe_load(value)
+            raise RecipeError(f"{source}: {item!r} is not of the form key=value")
+        try:
+            given[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise RecipeError(f"{source}: {value!r} is not a value") from None
     try:
-        create_optimizer(name, [torch.zeros(1, requires_grad=True)], lr=1e-3, **given)
+        create_optimizer(name, [torch.zeros(1, requires_grad=True)], **{"lr": 1e-3, **given})
     except (ValueError, TypeError, RuntimeError) as error:
-        raise RecipeError(f"--optimizers {name}{':' if settings else ''}{settings}: {error}") from None
+        raise RecipeError(f"{source}: {error}") from None
     return given
 
 
-def take(run: Run) -> None:
-    """Takes over the result of a run that is finished; one made with another config is an error."""
-    if not (run.folder / "result.json").exists():
+def check_choice(run: Run) -> None:
+    """Raises if a result lacks what the learning rate is chosen by."""
+    if run.result and CHOICE not in run.result["metrics"]:
+        raise RecipeError(f"{run.folder}: result.json has no {CHOICE} among its metrics")
+
+
+def check_earlier(runs: list[Run], folder: Path) -> None:
+    """Raises if the folder holds a comparison with runs that are not among these."""
+    try:
+        earlier = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+        others = {run["folder"] for run in earlier["runs"]} - {run.name for run in runs}
+    except FileNotFoundError:
         return
-    result = read_result(run.folder)
-    wanted = dataclasses.asdict(run.config)
-    if different := [k for k in wanted if k not in NOT_COMPARED and result["config"].get(k) != wanted[k]]:
-        key = different[0]
+    except (ValueError, KeyError, TypeError):
+        raise RecipeError(f"{folder / 'compare.json'} is not a comparison: give another --output_dir") from None
+    if others:
         raise RecipeError(
-            f"{run.folder} holds a run with {key}: {result['config'].get(key)!r}, now it is {wanted[key]!r}: "
-            f"give another --output_dir, or delete that folder"
+            f"{folder} holds a comparison with {min(others)}, which is not part of this one: "
+            f"give another --output_dir, or delete {folder / 'compare.json'}"
         )
-    run.result = result
+
+
+def take(run: Run) -> None:
+    """Takes over the result of a run that is finished; one made with another config or recipe is an error."""
+    import yaml
+
+    config = None
+    if (run.folder / "result.json").exists():
+        run.result = read_result(run.folder)
+        check_choice(run)
+        config = run.result["config"]
+    elif any(run.folder.glob("checkpoints/*")):
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # the run itself says what is wrong
+            config = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        return
+    fix = "give another --output_dir, or delete that folder"
+    wanted = dataclasses.asdict(run.config)
+    if different := [k for k in wanted if k not in NOT_COMPARED and config.get(k) != wanted[k]]:
+        key = different[0]
+        raise RecipeError(f"{run.folder} holds a run with {key}: {config.get(key)!r}, now it is {wanted[key]!r}: {fix}")
+    if not same_recipe(run.folder, run.code):
+        raise RecipeError(f"{run.folder} holds a run of another version of the recipe: {fix}")
 
 
 def execute(runs: list[Run]) -> None:
@@ -195,103 +230,56 @@ def execute(runs: list[Run]) -> None:
     with tqdm(runs, unit="run", disable=not runs) as bar:
         for run in bar:
             bar.set_description(f"{run.label} lr {run.lr:g} seed {run.seed}")
-            wait_for(run.folder)  # a process that outlived the comparison that started it
-            take(run)
+            run.folder.mkdir(parents=True, exist_ok=True)
+            with (run.folder / ".child").open("w") as handle:
+                hold(handle, lambda: bar.write(f"waiting for the process that still runs in {run.folder}"))  # noqa: B023
+                take(run)
+                if not run.result:
+                    launch(run, handle.fileno())
             if run.result:
-                continue
-            process = subprocess.Popen(  # a session of its own: an interrupt of this process reaches it once, from here
-                [sys.executable, *run.words],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-            try:
-                _, error = process.communicate()
-            except KeyboardInterrupt:
-                if os.name == "posix":
-                    process.send_signal(signal.SIGINT)
-                process.communicate()
-                raise
-            if process.returncode:
-                lines = [line for line in error.splitlines() if line.strip()]
-                told = [line for line in lines if line.startswith("error: ")]
-                run.error = (told or lines or [f"exit code {process.returncode}"])[-1].removeprefix("error: ")
-                continue
-            take(run)
-            shutil.rmtree(run.folder / "model", ignore_errors=True)  # hundreds of them fill a disk
+                shutil.rmtree(run.folder / "model", ignore_errors=True)  # hundreds of them fill a disk
 
 
-def summarise(runs: list[Run]) -> list[dict[str, Any]]:
-    """Returns a row for each optimizer and learning rate: means and deviations over the seeds."""
-    rows: list[dict[str, Any]] = []
-    for label, lr in dict.fromkeys((run.label, run.lr) for run in runs):
-        metrics = [run.result["metrics"] for run in runs if run.result and (run.label, run.lr) == (label, lr)]
-        if not metrics:
-            continue
-        row: dict[str, Any] = {"optimizer": label, "lr": lr, "runs": len(metrics)}
-        for key in (key for key in COLUMNS if all(key in found for found in metrics)):
-            values = [found[key] for found in metrics]
-            row[key] = {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
-        rows.append(row)
-    for row in rows:
-        own = [other for other in rows if other["optimizer"] == row["optimizer"]]
-        row["chosen"] = row is max(own, key=lambda other: other[CHOICE]["mean"])
-    return rows
+def hold(handle: Any, wait: Any) -> None:
+    """Locks a file, when no process started by another comparison holds it any more; not on Windows."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            wait()
+            fcntl.flock(handle, fcntl.LOCK_EX)
 
 
-def table(summary: list[dict[str, Any]]) -> str:
-    """Returns the summary as a Markdown table; an asterisk marks the rate with the best mean validation accuracy."""
-    shown = [key for key in COLUMNS if any(key in row for row in summary)]
-    lines = [["optimizer", "lr", "runs", *(COLUMNS[key] for key in shown)]]
-    for row in summary:
-        mark = " *" if row["chosen"] and sum(r["optimizer"] == row["optimizer"] for r in summary) > 1 else ""
-        cells = [_mean(row[key]["mean"], row[key]["sd"]) if key in row else "" for key in shown]
-        lines.append([row["optimizer"], f"{row['lr']:g}{mark}", str(row["runs"]), *cells])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
-
-
-def differences(runs: list[Run], summary: list[dict[str, Any]]) -> Iterable[str]:
-    """Yields a line for each other optimizer: its distance to the first one, seed by seed, each at its chosen rate."""
-    chosen = {row["optimizer"]: row["lr"] for row in summary if row["chosen"]}
-    found = {
-        label: {run.seed: run.result["metrics"] for run in runs if run.result and (run.label, run.lr) == (label, lr)}
-        for label, lr in chosen.items()
-    }
-    first, *others = found
-    for label in others:
-        seeds = found[first].keys() & found[label].keys()
-        if len(seeds) < 2:
-            continue
-        parts = []
-        for key in (key for key in COLUMNS if all(key in found[x][seed] for x in (first, label) for seed in seeds)):
-            gaps = [found[label][seed][key] - found[first][seed][key] for seed in seeds]
-            error = statistics.stdev(gaps) / len(gaps) ** 0.5
-            parts.append(f"{COLUMNS[key]} {statistics.mean(gaps):+.3f} ± {error:.3f}")
-        yield f"{label} - {first}, {len(seeds)} seeds, mean difference ± standard error: {', '.join(parts)}"
-
-
-def curves(runs: list[Run], summary: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns what the figure shows: of each optimizer and rate the histories and the final accuracies."""
-    shown = []
-    for row in summary:
-        own = [run for run in runs if run.result and (run.label, run.lr) == (row["optimizer"], row["lr"])]
-        histories = [run.result["history"] for run in own if run.result]
-        values = [run.result["metrics"][CHOICE] for run in own if run.result]
-        shown.append({"label": row["optimizer"], "lr": row["lr"], "chosen": row["chosen"], "final": values})
-        shown[-1]["histories"] = histories
-    return shown
-
-
-def record(run: Run) -> dict[str, Any]:
-    """Returns what compare.json holds of a run."""
-    kept: dict[str, Any] = {"optimizer": run.label, "lr": run.lr, "seed": run.seed, "folder": run.folder.name}
+def launch(run: Run, held: int) -> None:
+    """Makes a run in a process that keeps the lock, whatever becomes of this one, and takes over its result."""
+    log = run.folder / ".stderr"
+    with log.open("w", encoding="utf-8") as errors:
+        process = subprocess.Popen(  # a session of its own: an interrupt of this process reaches it once, from here
+            [sys.executable, *run.words],
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
+            pass_fds=(held,) if os.name == "posix" else (),
+        )
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        if os.name == "posix":
+            process.send_signal(signal.SIGINT)
+        process.wait()
+        raise
+    if code == 0:
+        take(run)
     if run.result:
-        return {**kept, "metrics": run.result["metrics"], "seconds": run.result["seconds"]}
-    return {**kept, "error": run.error}
-
-
-def _mean(mean: float, deviation: float | None) -> str:
-    return f"{mean:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
+        log.unlink()
+        return
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if code < 0:
+        run.error = f"killed by signal {-code}"
+    elif code == 0:
+        run.error = "ended without a result.json"
+    else:
+        run.error = (told or lines or [f"exit code {code}"])[-1]

@@ -34,10 +34,11 @@ def go(args: argparse.Namespace) -> int:
     print(f"{'recipes':20}{recipes_folder()}")
     print(f"{'system':20}{machine['system']}")
     print(f"{'CPU':20}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads for torch")
-    print(f"{'GPU':20}{', '.join(machine['gpus']) or 'none'}")
+    other = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    print(f"{'GPU':20}{', '.join(machine['gpus']) or other or 'none'}")
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         parameter = torch.zeros(1, device=device, requires_grad=True)
         backend = backends.pick([parameter], Sadam([parameter]).param_groups[0]).__name__  # type: ignore[attr-defined]
-        print(f"{f'a step on {device}':20}{backend}: {WHY[device, backend]}")
+        print(f"{f'a step on {device}':20}{backend}: {WHY.get((device, backend), '')}")
     print(f"{'fused':20}no kernel in this version: fused=True is an error")
     return 0

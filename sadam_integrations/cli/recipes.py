@@ -58,6 +58,8 @@ def load(path: Path, *needed: str) -> ModuleType:
     assert spec is not None and spec.loader is not None  # there is one for every .py file
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their annotations up there
+    if str(path.parent.resolve()) not in sys.path:
+        sys.path.append(str(path.parent.resolve()))  # a recipe of one's own may have modules beside it
     try:
         spec.loader.exec_module(module)
     except ModuleNotFoundError as error:

@@ -15,7 +15,7 @@ Runs a recipe. Its folder then holds result.json, figure.png, config.yaml, log.t
 
   sadam run bert                             the default config
   sadam run bert --help                      every key, with its default
-  sadam run bert --smoke                     in seconds, offline
+  sadam run bert --smoke                     the default config in seconds, offline
   sadam run bert --lr 1e-4 --seed 1 --output_dir runs/seed1
   sadam run vit --config vit_cifar10         another config of the recipe, or a YAML file of yours
   sadam run vit --nproc 4                    four processes, one a GPU
@@ -29,7 +29,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
     parser.add_argument("--nproc", type=int, metavar="N", help="number of processes on this machine, by torchrun")
     parser.add_argument("recipe", metavar="RECIPE", help="a name that sadam ls shows, or a Python file")
-    parser.add_argument("keys", nargs=argparse.REMAINDER, metavar="--key value", help="what RECIPE --help explains")
+    keys = parser.add_argument(
+        "keys", nargs=argparse.REMAINDER, metavar="--key value", help="RECIPE --help explains them"
+    )
+    keys.required = False
 
 
 def go(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.training_args import OptimizerNames
 
 import sadam_integrations.huggingface  # noqa: F401  (its import registers the names)
-from sadam_integrations.factory import create_optimizer, optimizer_class
+from sadam_integrations.factory import PEERS, create_optimizer, optimizer_class
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def named_optimizer(args: Any, name: str, settings: Mapping[str, Any]) -> tuple[
         ValueError: If the name is unknown, or an argument is unknown or has a value that is not valid.
         TypeError: If an argument is unknown or has the wrong type.
     """
-    if name in {member.value for member in OptimizerNames}:
+    if name not in PEERS and name in {member.value for member in OptimizerNames}:
         rest = dict(settings)
         args.adam_beta1, args.adam_beta2 = rest.pop("betas", (args.adam_beta1, args.adam_beta2))
         args.optim = OptimizerNames(name)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from sadam_integrations import create_optimizer, plots, recipe
+from sadam_integrations import create_optimizer, recipe
 
 DEFAULT_CONFIG = Path(__file__).with_suffix(".yaml")
 
@@ -52,6 +52,7 @@ def run(config: Config) -> None:
     if config.seed == config.fails_at:
         raise recipe.RecipeError(f"seed: {config.seed} fails")
     torch.manual_seed(config.seed)
+    recipe.say(f"{os.environ.get('WORLD_SIZE', 1)} processes")
     x = torch.randn(32, 1)
     model = torch.nn.Linear(1, 1)
     optimizer = create_optimizer(config.optimizer, model, lr=config.lr, **config.optimizer_args)
@@ -77,10 +78,8 @@ def run(config: Config) -> None:
         time.sleep(config.pause)
     if recipe.is_main_process():
         (folder / "model").mkdir(exist_ok=True)
-        plots.training_figure(history, folder / "figure.png")
         metrics = {"validation_accuracy": history["validation"][-1]["accuracy"], "validation_loss": loss.item()}
-        recipe.write_result(folder, "toy", config, metrics, history, 0.0)
-    recipe.say(f"{os.environ.get('WORLD_SIZE', 1)} processes, loss {loss.item():.3f} -> {folder}")
+        recipe.finish(folder, "toy", "A line", config, metrics, history, 0.0)
 
 
 def main(argv=None) -> int:
