@@ -24,8 +24,8 @@ The folder of a run holds result.json (metrics, config, versions, hardware, seco
 recipe.py (this file as it was) and the model. Accuracy and macro F1 come from the ClassificationMetric of evaluate that
 the BERT recipe uses too: one definition for both.
 
-Measured with the default: test accuracy 0.829, standard deviation 0.004, validation 0.855 (five seeds; docs/results.md), in
-a minute (one thread of an AMD EPYC, torch 2.13, lightning 2.6). 1,000 images each: one standard error is 1.2 points.
+Measured with the default: test accuracy 0.829, standard deviation 0.004, validation 0.855 (five seeds; docs/results.md),
+a minute a run (one thread of an AMD EPYC, torch 2.13, lightning 2.6). 1,000 images each: a standard error is 1.2 points.
 """
 
 from __future__ import annotations

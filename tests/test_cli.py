@@ -147,7 +147,10 @@ def test_a_run_can_be_made_again_from_its_folder(capsys, toy):
         (["compare", "./toy.py", "--optimizers", "sadamw:beta=-1"], "beta"),
         (["compare", "./toy.py", "--optimizers", "sadamw:beta=["], "'[' is not a value"),
         (["compare", "./toy.py", "--optimizers", "sgd:lr=3"], "optimizer_args.lr: it has a key of its own, --lr"),
-        (["compare", "./toy.py", "--optimizers", "sgd", "--overwrite"], "each run of a comparison has its own folder"),
+        (
+            ["compare", "./toy.py", "--optimizers", "sgd", "--overwrite"],
+            "each run of a comparison has a folder of its own",
+        ),
         (["compare", "./toy.py", "--optimizers", "sgd", "--lrs", "x"], "lr: 'x' is not a valid value"),
         (["compare", "./toy.py", "--optimizers", "sgd", "--seeds", "0"], "--seeds: 0 is not valid"),
         (["compare", "./toy.py", "--optimizers", "sgd", "--seed", "1"], "--seed: in a comparison this is --seeds"),
