@@ -26,6 +26,24 @@ BICUBIC = 3
 """PIL's number for it, which transformers' image processors have too."""
 
 
+def eight_bits(image: Any) -> Any:
+    """Returns a grey PIL image of 16 bits as one of 8: converted by Pillow alone, all that is above 255 would be white.
+
+    Args:
+        image: An image of mode I, I;16 or F.
+
+    Raises:
+        RecipeError: If its values do not say what white is: floats, negative ones or more than 16 bits.
+    """
+    from PIL import Image
+
+    array = np.asarray(image)
+    if image.mode == "F" or array.min(initial=0) < 0 or array.max(initial=0) > 65535:
+        found = f"values from {array.min()} to {array.max()}"
+        raise RecipeError(f"an image of mode {image.mode} holds {found}: convert it to 8 or 16 bits")
+    return Image.fromarray((array.astype(np.int64) // 257).astype(np.uint8))
+
+
 def middle_box(shape: tuple[int, int], size: int) -> tuple[float, float, float, float]:
     """Returns the middle square of an image: 7/8 of the shorter side, and all of it for a small result."""
     width, height = shape

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from sadam_integrations import recipe
-from sadam_integrations.augment import BICUBIC, SMALL, middle_box, random_box, torchvision_transforms
+from sadam_integrations.augment import BICUBIC, SMALL, eight_bits, middle_box, random_box, torchvision_transforms
 from sadam_integrations.recipe import RecipeError
 
 BUNDLED = "fashion_mnist"
@@ -65,14 +65,16 @@ class Source:
     def hold_out(self) -> tuple[Source, Source]:
         """Splits off a tenth, always the same one: the images to train on, and those to validate on."""
         if len(self) < 10:
-            raise RecipeError(f"{self.where}: {len(self)} images are too few to hold out a tenth for validation")
+            raise RecipeError(
+                f"{self.where}: {len(self)} images are too few to hold out a tenth for validation: name others"
+            )
         order = np.random.default_rng(0).permutation(len(self))
         return self.select(np.sort(order[len(self) // 10 :])), self.select(np.sort(order[: len(self) // 10]))
 
     def channels(self) -> int:
-        """Returns 1 if the first images are all grey, else 3."""
-        modes = {self.images[i].mode for i in range(min(len(self), 32))}
-        return 1 if modes <= {"1", "L", "I", "I;16"} else 3
+        """Returns 1 if all images are grey, as a sample of them shows, else 3."""
+        sample = np.unique(np.linspace(0, len(self) - 1, 100).astype(int))
+        return 1 if {self.images[int(i)].mode for i in sample} <= {"1", "L", "I", "I;16", "F"} else 3
 
 
 class _Arrays:
@@ -162,7 +164,7 @@ def folder(path: str, key: str, names: list[str] | None = None) -> Source:
     root = Path(path)
     if not root.is_dir():
         raise RecipeError(f"{key}: there is no folder {path!r}")
-    found = {entry.name: _image_files(root, entry.name) for entry in sorted(root.iterdir()) if entry.is_dir()}
+    found = {entry.name: _image_files(root, entry.name) for entry in sorted(root.iterdir()) if _is_class(entry)}
     found = {name: files for name, files in found.items() if files}
     if not found:
         raise RecipeError(f"{key}: {path} holds no images in sub-folders: it needs a sub-folder for each class")
@@ -182,11 +184,17 @@ def folder(path: str, key: str, names: list[str] | None = None) -> Source:
     return Source(files, labels, names, path)
 
 
+def _is_class(entry: Path) -> bool:
+    """Whether it is a folder that shows: not .ipynb_checkpoints."""
+    return entry.is_dir() and not entry.name.startswith(".")
+
+
 def _image_files(root: Path, name: str) -> list[str]:
-    """Returns the image files below a sub-folder, relative to the folder, in order."""
+    """Returns the image files below a sub-folder, hidden ones aside, relative to the folder, in order."""
     return sorted(
         os.path.relpath(os.path.join(place, file), root)
         for place, _, files in os.walk(root / name)
+        if not any(part.startswith(".") for part in Path(place).relative_to(root).parts)
         for file in files
         if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith(".")
     )
@@ -269,6 +277,8 @@ class DecodedImages(Dataset):
         """Returns an image and its class; the key is the epoch and the index."""
         epoch, index = key
         image = self.source.images[index]
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = eight_bits(image)
         if image.mode == "P":
             image = image.convert("RGBA")  # a palette may hold transparency
         image = image.convert(self.mode)

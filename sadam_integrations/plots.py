@@ -43,7 +43,7 @@ def training_figure(
         _style(axes, "Step", label)
         axes.set_xlim(0, last * 1.03)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    left.set_ylim(bottom=0)
+    _from_zero(left)
     if accuracies := [point["accuracy"] for point in history["validation"]]:
         low, high = min(accuracies), max(accuracies)
         room = max(0.02, 0.15 * (high - low))
@@ -156,12 +156,13 @@ def compare_figure(series: Sequence[Mapping[str, Any]], path: str | os.PathLike,
         (right, "Learning rate", "Final validation accuracy"),
     ):
         _style(axes, x, y)
-    left.set_ylim(bottom=0)
+    _from_zero(left)
     for axes in (left, middle):
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    right.set_xscale("log")
-    right.set_xlim(rates[0] / 1.3, rates[-1] * 1.3)
+    if rates[0] > 0:
+        right.set_xscale("log")
+        right.set_xlim(rates[0] / 1.3, rates[-1] * 1.3)
     right.set_xticks(rates, [f"{rate:g}" for rate in rates])
     right.minorticks_off()
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
@@ -176,6 +177,12 @@ def _mean(values: Sequence[float | None]) -> tuple[float, float]:
     if len(numbers) < len(values):
         return math.nan, math.nan
     return statistics.mean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+
+
+def _from_zero(axes: Any) -> None:
+    """Has a loss's axis begin at zero, with room above the curves."""
+    axes.autoscale_view()
+    axes.set_ylim(0, axes.get_ylim()[1])
 
 
 def _style(axes: Any, x: str, y: str) -> None:

@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ __all__ = [
     "config_files",
     "data_file",
     "finish",
+    "interrupted",
     "is_main_process",
     "layer_scales",
     "main",
@@ -75,13 +77,23 @@ def main(
             print(f"error in process {os.environ['RANK']}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "the same command without --overwrite" if config and config.overwrite else "the same command"
-        say(f"\nInterrupted: {again} goes on from the last checkpoint, if there is one.", sys.stderr)
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # under torchrun, sadam run says it
+            say(interrupted(bool(config and config.overwrite)), sys.stderr)
         return 130
     except Exception:
         logging.getLogger(__name__).exception("the run ended with an error")
         raise
     return 0
+
+
+def interrupted(overwrite: bool = False) -> str:
+    """Returns what is said after Ctrl-C.
+
+    Args:
+        overwrite: Whether the command, given again, would replace the run.
+    """
+    again = "the same command without --overwrite" if overwrite else "the same command"
+    return f"\nInterrupted: {again} goes on from the last checkpoint, if there is one."
 
 
 def parse(config_class: type[C], argv: Sequence[str], doc: str | None, default_config: str | Path) -> C:
@@ -133,7 +145,12 @@ def parse(config_class: type[C], argv: Sequence[str], doc: str | None, default_c
             if not any(word.startswith("--output_dir") for word in words):
                 values["output_dir"] += "_smoke"  # it does not take the place of the run that it tries out
         if missing := [k for k, hint in hints.items() if values[k] is None and type(None) not in typing.get_args(hint)]:
-            raise RecipeError(f"no value for {', '.join(missing)}: give --config FILE with every key")
+            raise RecipeError(f"no value for {', '.join(missing)}: give it, or --config FILE with every key")
+        for key, value in values.items():
+            if value == "":
+                raise RecipeError(f"{key}: it is empty, which is not a value; null means none")
+            if isinstance(value, str) and value.startswith("~"):
+                values[key] = os.path.expanduser(value)
         if twice := [key for key in values.get("optimizer_args") or {} if key in hints]:
             raise RecipeError(f"optimizer_args.{twice[0]}: it has a key of its own, --{twice[0]}")
         return config_class(**{key: values[key] for key in hints})
@@ -154,12 +171,26 @@ def _split(argv: Sequence[str], default_config: Path, flags: list[str]) -> tuple
             file = file if file.is_file() else named.get(str(file), file)
             if not file.is_file():
                 raise RecipeError(f"config: {str(file)!r} is neither a file nor one of {', '.join(named)}")
-            files.append(f"--config={file}")
+            if _holds_keys(file):
+                files.append(f"--config={file}")
         elif word in flags and (not rest or rest[0].startswith("-")):
             words.append(f"{word}=true")
         else:
             words.append(word)
     return files, words
+
+
+def _holds_keys(file: Path) -> bool:
+    """Whether a config has keys: it may be empty, or comments alone."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise RecipeError(f"config: {file} is not YAML: {' '.join(str(error).split())}") from None
+    if content is not None and not isinstance(content, dict):
+        raise RecipeError(f"config: {file} holds {content!r}, not keys with values such as lr: 1e-3")
+    return content is not None
 
 
 def config_files(default_config: Path) -> list[Path]:
@@ -244,6 +275,8 @@ def finish(
     plots.training_figure(history, folder / "figure.png", f"{title}, {summary}")
     result = write_result(folder, recipe, config, metrics, history, seconds)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if not math.isfinite(metrics.get("validation_loss", 0.0)):
+        summary += " (diverged: the validation loss is not a number)"
     tested = f", test {metrics['test_accuracy']:.3f}" if "test_accuracy" in metrics else ""
     say(f"{summary}{tested}, {seconds:.0f} s -> {folder}")
     return result

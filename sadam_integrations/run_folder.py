@@ -82,7 +82,10 @@ def open_run(config: Any, source: str | Path) -> Path:
     if folder.is_dir() and not ours and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise RecipeError(f"output_dir: {folder} holds files that are not a run's: give another --output_dir")
     code = Path(source).read_text(encoding="utf-8")  # it may be the copy in this very folder
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"output_dir: {folder} cannot be made: {error.strerror}") from None
     lock(folder)
     if config.overwrite:
         for name in RUN_FILES:
@@ -111,7 +114,8 @@ def open_run(config: Any, source: str | Path) -> Path:
 
 def _open_log(path: Path, mode: str) -> None:
     """Sends what this package and the libraries log, and warnings, to a file, until the next run's is opened."""
-    handler = logging.FileHandler(path, mode, encoding="utf-8")
+    handler = logging.FileHandler(path, mode, encoding="utf-8", errors="backslashreplace")
+    handler.addFilter(lambda line: line.levelno > logging.INFO or line.name.startswith("sadam_integrations"))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("sadam_integrations").setLevel(logging.INFO)
     logging.captureWarnings(True)

@@ -115,7 +115,7 @@ def test_cp_gives_files_that_run(capsys, toy):
 def test_a_run_can_be_made_again_from_its_folder(capsys, toy):
     assert told(capsys, "run", "./toy.py", "--lr", "0.3", "--optimizer_args.beta", "7")[0] == 0
     code, _, err = told(capsys, "run", "runs/toy/recipe.py", "--output_dir", "b")
-    assert code == 2 and "no value for " in err and "give --config FILE" in err
+    assert code == 2 and "no value for " in err and "--config FILE with every key" in err
     assert told(capsys, "run", "runs/toy/recipe.py", "--config", "runs/toy/config.yaml", "--output_dir", "b")[0] == 0
     first, second = (json.loads((toy / folder / "result.json").read_text()) for folder in ("runs/toy", "b"))
     assert first["metrics"] == second["metrics"] and second["config"]["optimizer_args"] == {"beta": 7}
@@ -305,6 +305,15 @@ def test_compare_takes_nothing_that_was_made_otherwise(capsys, toy):
     (folder / "checkpoints/last.pt").write_text("")
     code, _, err = told(capsys, *words, "--epochs", 9)
     assert code == 2 and "holds a run with epochs: 3, now it is 9" in err
+
+
+def test_a_terminal_without_the_signs_loses_nothing(capsys, toy):
+    for seed in (0, 1):
+        assert run_for(capsys, "runs/compare/toy", seed)[0] == 0
+    words = ["compare", "toy.py", "--optimizers", "sgd", "--seeds", "2"]
+    command = [sys.executable, "-m", "sadam_integrations", *words]
+    done = subprocess.run(command, env={**ENV, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "? 0." in done.stdout, done.stderr
 
 
 def test_compare_chooses_among_the_rates_with_the_fewest_failures():

@@ -56,6 +56,34 @@ def test_folder_takes_all_modes_and_sizes(folder):
     assert images.folder(str(folder), "test_folder", ["x", "ant", "y", "bee"]).labels.tolist() == [1] * 6 + [3] * 6
 
 
+def test_grey_images_of_16_bits_keep_their_greys(tmp_path):
+    array = np.linspace(0, 65535, 1024).astype(np.uint16).reshape(32, 32)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        PIL.fromarray(array).save(tmp_path / name / "0.png")
+    source = images.folder(str(tmp_path), "train_folder")
+    image, _ = images.DecodedImages(source, 32, source.channels())[0, 0]
+    assert source.channels() == 1 and torch.equal(image[0], torch.from_numpy((array // 257).astype(np.uint8)))
+    with pytest.raises(RecipeError, match=r"mode F holds values from 0.0 to 1.0: convert it to 8 or 16 bits"):
+        augment.eight_bits(PIL.fromarray(np.eye(3, dtype=np.float32)))
+
+
+def test_one_grey_class_does_not_make_all_images_grey(tmp_path):
+    for name, mode in (("a", "L"), ("b", "RGB")):
+        (tmp_path / name).mkdir()
+        for i in range(40):
+            picture((8, 8), mode, i).save(tmp_path / name / f"{i}.png")
+    assert images.folder(str(tmp_path), "train_folder").channels() == 3
+
+
+def test_hidden_folders_are_no_classes(folder):
+    for place in (".hidden", "ant/.thumbnails"):
+        (folder / place).mkdir()
+        picture().save(folder / place / "a.png")
+    source = images.folder(str(folder), "train_folder")
+    assert source.names == ["ant", "bee"] and len(source) == 12
+
+
 def test_what_is_wrong_with_a_folder_is_said(folder, tmp_path):
     with pytest.raises(RecipeError, match="train_folder: there is no folder 'nowhere'"):
         images.folder("nowhere", "train_folder")

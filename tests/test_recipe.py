@@ -194,6 +194,44 @@ def test_the_trainer_gets_any_optimizer_with_its_arguments(name, settings, built
             named_optimizer(args, name, {"momentumm": 0.9})
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", None),
+        (b"# lr: 3\n", None),
+        (b"lr\n", "holds 'lr', not keys with values"),
+        (b"- lr\n", "holds ['lr'], not keys with values"),
+        (b"lr: [1\n", "is not YAML"),
+        (b"\xff\xfel\x00r\x00", "is not YAML"),
+        (b"lr: null\n", "no value for lr"),
+    ],
+)
+def test_a_config_that_is_none_is_named(content, message, bert, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_bytes(content)
+    if message is None:
+        assert recipe.parse(bert.Config, ["--config", str(file)], "", DEFAULT).lr == 2e-4
+    else:
+        with pytest.raises(RecipeError, match=re.escape(message)) as error:
+            recipe.parse(bert.Config, ["--config", str(file)], "", DEFAULT)
+        assert "no value" in message or str(file) in str(error.value)
+
+
+def test_a_home_folder_is_expanded(bert, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    assert recipe.parse(bert.Config, ["--output_dir", "~/x"], "", DEFAULT).output_dir == "/home/me/x"
+
+
+def test_a_training_that_diverged_says_so(bert, tmp_path, capsys):
+    config = recipe.parse(bert.Config, [], "", DEFAULT)
+    history = {"train": [{"step": 1, "loss": float("nan")}], "validation": []}
+    metrics = {"validation_accuracy": 0.5, "validation_loss": float("nan")}
+    recipe.finish(tmp_path, "bert", "BERT", config, metrics, history, 1.0)
+    assert "accuracy 0.500 (diverged: the validation loss is not a number), 1 s" in capsys.readouterr().out
+    assert json.loads((tmp_path / "result.json").read_text())["metrics"]["validation_loss"] is None
+
+
 def test_smoke_has_a_folder_of_its_own(bert):
     assert recipe.parse(bert.Config, ["--smoke"], "", DEFAULT).output_dir == "runs/bert_smoke"
     assert recipe.parse(bert.Config, ["--smoke", "--output_dir", "x"], "", DEFAULT).output_dir == "x"

@@ -103,6 +103,11 @@ def test_every_config_parses(vit, file):
         (["--train_split", "all"], "fashion_mnist has no split 'all', only train, validation, test"),
         (["--model", "./nowhere"], "model: './nowhere' cannot be loaded"),
         (["--layer_lr_decay", "0"], "layer_lr_decay: 0.0 is not valid"),
+        (["--train_folder", ""], "train_folder: it is empty, which is not a value"),
+        (["--scheduler", "reduce_lr_on_plateau"], "scheduler: reduce_lr_on_plateau does not follow the steps"),
+        (["--scheduler", "cosin"], "scheduler: "),
+        (["--optimizer_args.beta", "-1"], "optimizer: SadamW: Invalid beta: -1"),
+        (["--optimizer_args.fused", "true"], "optimizer: SadamW: fused=True asks for a fused kernel"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_no_folder(vit, capsys, monkeypatch, tmp_path, arguments, message):
@@ -229,6 +234,18 @@ def test_a_half_written_checkpoint_is_not_read(vit, tmp_path, monkeypatch):
         patch.setattr(L.Trainer, "save_checkpoint", cut_short)
         vit.run(parsed(vit, *settings))
     assert len(vit.run(parsed(vit, *settings))["history"]["validation"]) == 3
+
+
+def test_a_damaged_checkpoint_is_named(vit, tmp_path, capsys):
+    settings = words(output_dir=tmp_path / "run", **TINY, train_size=64, eval_size=20, epochs=1)
+    recipe.open_run(parsed(vit, *settings), VIT)
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir()
+    for damaged in (b"", b"text", b"PK\x03\x04" + bytes(1000)):
+        checkpoint.write_bytes(damaged)
+        assert vit.main(settings) == 2
+        error = capsys.readouterr().err
+        assert f"error: {checkpoint} is damaged: give --overwrite true" in error and "Traceback" not in error
 
 
 def test_ctrl_c_in_the_training_is_passed_on(vit, tmp_path, capsys, monkeypatch):

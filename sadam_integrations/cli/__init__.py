@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         module.arguments(verb)
         verb.set_defaults(go=module.go, verb=verb)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that has no ± shows a question mark
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-") and words[0] not in verbs.choices:
         print(f"error: unknown verb {words[0]!r}{did_you_mean(words[0], verbs.choices)}", file=sys.stderr)

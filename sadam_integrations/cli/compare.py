@@ -119,9 +119,9 @@ def planned(args: argparse.Namespace) -> tuple[list[Run], Path]:
             f"{args.what[0]} is not the folder of a finished run, and only one recipe is compared at a time"
         )
     path = find(args.what[0])
-    module = load(path, "Config", "DEFAULT_CONFIG")
     if not args.optimizers:
         raise RecipeError("give --optimizers, such as --optimizers adamw sadamw")
+    module = load(path, "Config", "DEFAULT_CONFIG")
     seeds = 3 if args.seeds is None else args.seeds
     if seeds < 1:
         raise RecipeError(f"--seeds: {seeds} is not valid, it is at least 1")
@@ -172,7 +172,7 @@ def optimizer_arguments(name: str, settings: str) -> dict[str, Any]:
         except yaml.YAMLError:
             raise RecipeError(f"{source}: {value!r} is not a value") from None
     try:
-        create_optimizer(name, [torch.zeros(1, requires_grad=True)], **{"lr": 1e-3, **given})
+        create_optimizer(name, [torch.zeros(1, 1, requires_grad=True)], **{"lr": 1e-3, **given})
     except (ValueError, TypeError, RuntimeError) as error:
         raise RecipeError(f"{source}: {error}") from None
     return given

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 
 from sadam_integrations.cli.recipes import find, load
+from sadam_integrations.recipe import interrupted
 from sadam_integrations.run_folder import RecipeError
 
 SUMMARY = "run a recipe"
@@ -63,11 +65,13 @@ def torchrun(processes: int, words: list[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own choice, without its warning
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the recipe says what is wrong
+    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the recipe says what is wrong
     try:
         run(parse_args(["--standalone", f"--nproc-per-node={processes}", *words]))
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
     except SignalException:
+        print(interrupted(any(word.startswith("--overwrite") for word in words)), file=sys.stderr)
         return 130
     return 0

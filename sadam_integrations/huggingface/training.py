@@ -43,7 +43,7 @@ def named_optimizer(args: Any, name: str, settings: Mapping[str, Any]) -> tuple[
         return None
     cls, implied = optimizer_class(name)
     kwargs = {**implied, "lr": args.learning_rate, **settings}
-    create_optimizer(name, [torch.zeros(1, requires_grad=True)], **kwargs)
+    create_optimizer(name, [torch.zeros(1, 1, requires_grad=True)], **kwargs)
     return cls, kwargs
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,9 @@ class EpochCheckpoint(Checkpoint):
         self.path = folder / "last.ckpt"
 
     def last(self) -> Path | None:
-        """Returns the checkpoint to resume from, or None."""
+        """Returns the checkpoint to resume from, or None; an error if the file is not whole."""
+        if self.path.is_file() and not zipfile.is_zipfile(self.path):  # what torch saves is a zip file
+            raise RecipeError(f"{self.path} is damaged: give --overwrite true to start again, or another --output_dir")
         return self.path if self.path.is_file() else None
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
