@@ -217,10 +217,10 @@ def test_a_config_that_is_none_is_named(content, message, bert, tmp_path):
         assert "no value" in message or str(file) in str(error.value)
 
 
-def test_a_home_folder_is_expanded(bert, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setenv("USERPROFILE", "/home/me")
-    assert recipe.parse(bert.Config, ["--output_dir", "~/x"], "", DEFAULT).output_dir == "/home/me/x"
+def test_a_home_folder_is_expanded(bert, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert recipe.parse(bert.Config, ["--output_dir", "~/x"], "", DEFAULT).output_dir == f"{tmp_path}/x"
 
 
 def test_a_training_that_diverged_says_so(bert, tmp_path, capsys):
