@@ -15,6 +15,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from sadam_integrations import plots
@@ -34,6 +35,7 @@ __all__ = [
     "interrupted",
     "is_main_process",
     "layer_scales",
+    "load",
     "main",
     "open_run",
     "parse",
@@ -237,6 +239,33 @@ def recipes_folder() -> Path:
     package = Path(__file__).resolve().parent
     packaged = package / "_recipes"
     return packaged if packaged.is_dir() else package.parent / "recipes"
+
+
+def load(path: Path, *needed: str) -> ModuleType:
+    """Imports a recipe.
+
+    Args:
+        path: Its file.
+        needed: What the module must have.
+
+    Raises:
+        RecipeError: If it lacks something that is needed, or needs a package that is not installed.
+    """
+    name = f"recipe_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # there is one for every .py file
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their annotations up there
+    if str(path.parent.resolve()) not in sys.path:
+        sys.path.append(str(path.parent.resolve()))  # a recipe of one's own may have modules beside it
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        hint = ': pip install "sadam-integrations[recipes]"' if recipes_folder() in path.resolve().parents else ""
+        raise RecipeError(f"{path.name} needs {error.name}, which is not installed{hint}") from None
+    if missing := [attribute for attribute in needed if not hasattr(module, attribute)]:
+        raise RecipeError(f"{path} is not a recipe that can do this: it has no {', '.join(missing)}")
+    return module
 
 
 def data_file(name: str) -> Path:

@@ -38,8 +38,12 @@ def toy(tmp_path, monkeypatch):
 
 
 def start(*words, **kwargs):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", "sadam_integrations", *map(str, words)], env=ENV, **pipes, **kwargs)
+    return subprocess.Popen(
+        [sys.executable, "-m", "sadam_integrations", *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what it runs with &
+        **kwargs,
+    )  # fmt: skip
 
 
 def until(condition, process, seconds=60):
@@ -169,7 +173,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, toy, words, message):
 
 
 def test_what_is_given_beside_smoke_holds(toy):
-    module = recipes.load(Path("toy.py"), "Config")
+    module = recipe.load(Path("toy.py"), "Config")
     (toy / "toy_long.yaml").write_text("epochs: 50\nlr: 0.7\n")
     default = Path("toy.yaml")
 
@@ -419,10 +423,10 @@ def test_every_command_shown_is_one_that_works(words, capsys, toy):
         path = recipes.find(rest[0])
         if "--help" in rest or path.parent.name == "studies":
             with pytest.raises(SystemExit) as stop:
-                recipes.load(path, "main").main([*rest[1:], "--help"])
+                recipe.load(path, "main").main([*rest[1:], "--help"])
             assert stop.value.code == 0
             return
-        module = recipes.load(path, "main", "Config", "DEFAULT_CONFIG")
+        module = recipe.load(path, "main", "Config", "DEFAULT_CONFIG")
         recipe.parse(module.Config, rest[1:], None, module.DEFAULT_CONFIG)
     elif verb == "compare" and "--optimizers" not in rest:
         assert all(word.startswith("runs/") for word in rest)

@@ -52,3 +52,14 @@ def test_tables_and_figure(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "| AdamW | 0.001 | 5 | 0.800 ± 0.000 | 0.500 ± 0.000 | 0.400 ± 0.000 | 3.0 | 3.0 |" in text
     assert (tmp_path / "beta.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_smoke_runs_of_the_tasks(tmp_path, capsys):
+    assert STUDY["main"](["vit", "--smoke", "--output_dir", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "smoke" / "vit.jsonl").read_text().splitlines()]
+    assert len(rows) == len(STUDY["CANDIDATES"]["vit"]) * len(STUDY["LEARNING_RATES"]["vit"])
+    assert all(0.2 < row["accuracy"] < 1 and row["spread"] > 1 for row in rows)
+    assert "| Sadam (auto), floor 2 | 0.001 | 1 |" in capsys.readouterr().out
+    row = STUDY["bert"](STUDY["CANDIDATES"]["bert"][1], 5e-4, 0, smoke=True)
+    assert 0.4 < row["accuracy"] < 1 and row["adamw_spread"] > row["spread"] > 1

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import math
-import runpy
 import statistics
 import sys
 import tempfile
@@ -177,13 +176,13 @@ def bert(candidate: Candidate, lr: float, seed: int, smoke: bool) -> dict[str, f
         def on_train_end(self, args, state, control, optimizer=None, **kwargs):
             measured.extend(spread(getattr(optimizer, "optimizer", optimizer), candidate))
 
-    module = runpy.run_path(str(Path(__file__).parents[1] / "bert.py"))
+    module = recipe.load(Path(__file__).parents[1] / "bert.py")
     with tempfile.TemporaryDirectory() as folder:
         settings = {"optimizer": candidate.optimizer, "lr": lr, "seed": seed, "evaluations": 1, "test_split": "null"}
         settings |= {"weight_decay": candidate.weight_decay, "smoke": str(smoke).lower(), "output_dir": f"{folder}/run"}
         argv = [f"--{key}={value}" for key, value in settings.items()]
-        config = recipe.parse(module["Config"], argv, None, module["DEFAULT_CONFIG"])
-        result = module["run"](config, callbacks=[Measure()])
+        config = recipe.parse(module.Config, argv, None, module.DEFAULT_CONFIG)
+        result = module.run(config, callbacks=[Measure()])
     curve = result["history"]["train"]
     losses = [point["loss"] for point in curve if point["step"] > 0.75 * curve[-1]["step"]]
     return {

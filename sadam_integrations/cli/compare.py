@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from sadam_integrations import plots, recipe
-from sadam_integrations.cli.recipes import find, load
+from sadam_integrations.cli.recipes import find
 from sadam_integrations.cli.tables import CHOICE, Run, curves, differences, notes, record, sentence, summarise, table
 from sadam_integrations.factory import create_optimizer
 from sadam_integrations.run_folder import NOT_COMPARED, RecipeError, lock, read_result, same_recipe, write_json
@@ -121,7 +121,7 @@ def planned(args: argparse.Namespace) -> tuple[list[Run], Path]:
     path = find(args.what[0])
     if not args.optimizers:
         raise RecipeError("give --optimizers, such as --optimizers adamw sadamw")
-    module = load(path, "Config", "DEFAULT_CONFIG")
+    module = recipe.load(path, "Config", "DEFAULT_CONFIG")
     seeds = 3 if args.seeds is None else args.seeds
     if seeds < 1:
         raise RecipeError(f"--seeds: {seeds} is not valid, it is at least 1")

@@ -7,8 +7,8 @@ import logging
 import os
 import sys
 
-from sadam_integrations.cli.recipes import find, load
-from sadam_integrations.recipe import interrupted
+from sadam_integrations.cli.recipes import find
+from sadam_integrations.recipe import interrupted, load
 from sadam_integrations.run_folder import RecipeError
 
 SUMMARY = "run a recipe"
