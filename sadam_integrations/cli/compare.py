@@ -241,8 +241,8 @@ def execute(runs: list[Run]) -> None:
 
 
 def hold(handle: Any, wait: Any) -> None:
-    """Locks a file, when no process started by another comparison holds it any more; not on Windows."""
-    with contextlib.suppress(ImportError):
+    """Locks a file, when no process started by another comparison holds it any more, where the system has locks."""
+    with contextlib.suppress(ImportError, OSError):
         import fcntl
 
         try:
