@@ -135,17 +135,7 @@ class Config:
     threads: int
 
     def __post_init__(self) -> None:
-        sizes = [f.name for f in dataclasses.fields(self) if "int" in str(f.type) and f.name != "seed"]
-        for key, valid, rule in (
-            *((key, lambda n: n is None or n >= 1, "at least 1") for key in sizes),
-            *((key, lambda x: x >= 0, "at least 0") for key in ("lr", "weight_decay", "max_grad_norm")),
-            ("seed", lambda n: 0 <= n < 2**32, "at least 0 and below 2**32"),
-            ("epochs", lambda x: x > 0, "above 0"),
-            ("layer_lr_decay", lambda x: 0 < x <= 1, "above 0 and at most 1"),
-            ("warmup_ratio", lambda x: 0 <= x < 1, "at least 0 and below 1"),
-        ):
-            if not valid(getattr(self, key)):
-                raise ValueError(f"{key}: {getattr(self, key)} is not valid, it is {rule}")
+        recipe.check(self, ("epochs", lambda x: x > 0, "above 0"))
         for key in ("train_file", "validation_file", "test_file"):
             if (file := getattr(self, key)) is None:
                 continue

@@ -30,7 +30,6 @@ on one thread of an AMD EPYC with torch 2.13; docs/results.md). 1,000 images eac
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import time
@@ -155,21 +154,12 @@ class Config:
     threads: int
 
     def __post_init__(self) -> None:
-        sizes = [f.name for f in dataclasses.fields(self) if "int" in str(f.type) and f.name not in ("seed", "workers")]
-        for key, valid, rule in (
-            *((key, lambda n: n is None or n >= 1, "at least 1") for key in sizes),
-            *(
-                (key, lambda x: x >= 0, "at least 0")
-                for key in ("lr", "weight_decay", "max_grad_norm", "mixup", "workers")
-            ),
-            *((key, lambda x: 0 <= x < 1, "at least 0 and below 1") for key in ("dropout", "warmup_ratio", "ema")),
-            ("label_smoothing", lambda x: 0 <= x < 1, "at least 0 and below 1"),
-            ("seed", lambda n: 0 <= n < 2**32, "at least 0 and below 2**32"),
-            ("layer_lr_decay", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+        recipe.check(
+            self,
+            *((key, lambda x: x >= 0, "at least 0") for key in ("mixup", "workers")),
+            *((k, lambda x: 0 <= x < 1, "at least 0 and below 1") for k in ("dropout", "label_smoothing", "ema")),
             ("augment", lambda word: word in AUGMENT, f"one of {', '.join(AUGMENT)}"),
-        ):
-            if not valid(getattr(self, key)):
-                raise ValueError(f"{key}: {getattr(self, key)} is not valid, it is {rule}")
+        )
         for key in ("train_folder", "validation_folder", "test_folder"):
             if (place := getattr(self, key)) is not None and not Path(place).is_dir():
                 raise ValueError(f"{key}: there is no folder {place!r}")

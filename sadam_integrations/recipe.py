@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import importlib.util
 import json
@@ -29,6 +30,7 @@ from sadam_integrations.run_folder import (
 
 __all__ = [
     "RecipeError",
+    "check",
     "config_files",
     "data_file",
     "finish",
@@ -281,6 +283,31 @@ def data_file(name: str) -> Path:
     if not path.is_file():
         raise RecipeError(f"the bundled file {name} is missing from {path.parent}: install the package again")
     return path
+
+
+def check(config: Any, *rules: tuple[str, Callable[[Any], bool], str]) -> None:
+    """Checks the ranges of a config's values: by the recipe's rules, and by those for the keys that recipes share.
+
+    Args:
+        config: The config, a dataclass.
+        rules: For a key, what a valid value fulfils, as a function and in words. A whole number without a rule is at
+            least 1, or null.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+    shared: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+        *((key, lambda x: x >= 0, "at least 0") for key in ("lr", "weight_decay", "max_grad_norm")),
+        ("seed", lambda n: 0 <= n < 2**32, "at least 0 and below 2**32"),
+        ("layer_lr_decay", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+        ("warmup_ratio", lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    )
+    rules = (*shared, *rules)
+    numbers = {field.name for field in dataclasses.fields(config) if "int" in str(field.type)}
+    sizes = sorted(numbers - {key for key, _, _ in rules})
+    for key, valid, rule in (*rules, *((key, lambda n: n is None or n >= 1, "at least 1") for key in sizes)):
+        if not valid(getattr(config, key)):
+            raise ValueError(f"{key}: {getattr(config, key)} is not valid, it is {rule}")
 
 
 def finish(

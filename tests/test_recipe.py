@@ -31,11 +31,7 @@ DEFAULT = BERT.with_suffix(".yaml")
 
 @pytest.fixture(scope="module")
 def bert():
-    spec = importlib.util.spec_from_file_location("bert_recipe", BERT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bert_recipe"] = module
-    spec.loader.exec_module(module)
-    return module
+    return recipe.load(BERT)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import signal
@@ -31,11 +30,7 @@ TINY = {"hidden_size": 16, "layers": 2, "heads": 2, "mlp_size": 32, "batch_size"
 
 @pytest.fixture(scope="module")
 def vit():
-    spec = importlib.util.spec_from_file_location("vit_recipe", VIT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["vit_recipe"] = module
-    spec.loader.exec_module(module)
-    return module
+    return recipe.load(VIT)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def go(args: argparse.Namespace) -> int:
     width = max(len(path.stem) for _, configs in recipes.values() for path in configs) + 2
     for name, (file, configs) in recipes.items():
         doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-        print(f"{name}: {doc.splitlines()[0] if doc else ''}")
+        print(f"{name}: {doc.partition(chr(10))[0].replace('``', '')}")
         for path in configs:
             print(f"    {path.stem:{width}}{_first_comment(path)}")
     return 0
