@@ -1,0 +1,134 @@
+"""Finds the second moments that an optimizer of Adam's kind keeps: inside wrappers, by name, on every process."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, distributed
+from torch.nn import Module
+
+from sadam_integrations.update import BIAS_CORRECTIONS, BiasCorrection
+
+
+class Entry(NamedTuple):
+    """A second moment, and what turns it into the denominator of the step."""
+
+    place: tuple[int, int]
+    """The parameter's group, and its index there."""
+    name: str
+    second: Tensor
+    """``exp_avg_sq``, or its maximum where the step uses that."""
+    step: Any
+    """A number, a 0-dim tensor, or None if the optimizer does not count."""
+    betas: Sequence[Any]
+    form: BiasCorrection
+    beta: float | None
+    """Of the softplus; None: the denominator is ``sqrt(v) + eps``."""
+    eps: float
+
+
+def unwrap(optimizer: Any) -> Any:
+    """The innermost optimizer, inside those of accelerate, Lightning, Fabric, DeepSpeed and ZeroRedundancyOptimizer."""
+    return _layers(optimizer)[-1]
+
+
+def entries(optimizer: Any, model: Module | None) -> list[Entry]:
+    """The second moments of an optimizer, as far as this process holds them.
+
+    Left out are parameters without a state or without coordinates, and those whose beta is not measured yet.
+
+    Args:
+        optimizer: Wrapped or not. Where it is sharded, every process must call this.
+        model: Gives the parameters' names.
+
+    Raises:
+        TypeError: If the optimizer keeps no second moment.
+    """
+    inner = unwrap(optimizer)
+    kept = ["exp_avg_sq" in state for state in inner.state.values() if state]
+    kept = [any(rank) for rank in gather(optimizer, kept) if rank]
+    if not any("betas" in group for group in inner.param_groups) or (kept and not any(kept)):
+        raise TypeError(
+            f"{type(inner).__name__} keeps no second moment (exp_avg_sq), so it has no adaptive learning rate: "
+            f"measure an optimizer of Adam's kind"
+        )
+    return list(_entries(inner, _groups(optimizer), {} if model is None else _names(model)))
+
+
+def gather(optimizer: Any, mine: Any) -> list[Any]:
+    """What every process has, by rank, if each holds another part of the optimizer's state; else only ``mine``.
+
+    The parts of a DTensor do not count: its own ``full_tensor()`` puts them together.
+    """
+    sharder = next((layer for layer in _layers(optimizer) if _is_sharder(layer)), None)
+    flat = any(getattr(p, "_fsdp_flattened", False) for group in _groups(optimizer) for p in group["params"])
+    if not (sharder or flat) or not (distributed.is_available() and distributed.is_initialized()):
+        return [mine]
+    process_group = getattr(sharder, "process_group", None) or getattr(sharder, "dp_process_group", None)
+    everyone: list[Any] = [None] * distributed.get_world_size(process_group)
+    distributed.all_gather_object(everyone, mine, group=process_group)
+    return everyone
+
+
+def _layers(optimizer: Any) -> list[Any]:
+    """An optimizer and, one after the other, those it wraps."""
+    found = [optimizer]
+    while inner := [
+        inner
+        for attribute in ("optimizer", "optim")
+        if hasattr(inner := getattr(found[-1], attribute, None), "param_groups")
+    ]:
+        found.append(inner[0])
+    return found
+
+
+def _is_sharder(optimizer: Any) -> bool:
+    """Whether it is torch's ZeroRedundancyOptimizer or one of DeepSpeed's ZeRO."""
+    return any(cls.__name__ in ("ZeroRedundancyOptimizer", "ZeROOptimizer") for cls in type(optimizer).__mro__)
+
+
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    """The groups with all parameters; ZeroRedundancyOptimizer leaves each process's own to the optimizer inside."""
+    outer, inner = (_layers(optimizer) * 2)[-2:]
+    return (outer if getattr(outer, "optim", None) is inner else inner).param_groups
+
+
+def _names(model: Module) -> dict[Tensor, str]:
+    """From parameter to name, without what DDP, torch.compile, FSDP1 and checkpointing add to it."""
+    while type(model).__name__ in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine"):
+        model = model.module  # type: ignore[assignment]
+    return {p: _clean(name) for name, p in model.named_parameters()}
+
+
+def _clean(name: str) -> str:
+    return re.sub(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name)
+
+
+def _entries(inner: Any, groups: list[dict[str, Any]], names: dict[Tensor, str]) -> Iterator[Entry]:
+    listed = set()
+    for i, group in enumerate(groups):
+        for j, p in enumerate(group["params"]):
+            listed.add(p)
+            name = names.get(p) or (_clean(group["param_names"][j]) if "param_names" in group else f"{i}.{j}")
+            yield from _entry((i, j), name, inner.state.get(p), group)
+    rules = [[group.get(key) for key in ("betas", "beta", "eps", "bias_correction", "step")] for group in groups]
+    if all(rule == rules[0] for rule in rules):  # under DeepSpeed ZeRO-3 no group lists the pieces that have a state
+        for k, piece in enumerate(piece for piece in inner.state if piece not in listed):
+            yield from _entry((len(groups), k), f"flat.{k}", inner.state[piece], groups[0])
+
+
+def _entry(place: tuple[int, int], name: str, state: dict[str, Any] | None, group: dict[str, Any]) -> Iterator[Entry]:
+    if not state or "exp_avg_sq" not in state or "betas" not in group:
+        return
+    second = state.get("max_exp_avg_sq")
+    second = state["exp_avg_sq"] if second is None else second
+    form, beta = group.get("bias_correction", True), group.get("beta")
+    if form not in BIAS_CORRECTIONS:  # not one of this package's
+        form, beta = "inner" if form else "none", None
+    elif beta == "auto":
+        beta = state.get("beta", 0.0)
+    if second.numel() and beta != 0:
+        step = state.get("step", group.get("step"))
+        yield Entry(place, name, second, step, group["betas"], form, beta, float(group.get("eps") or 0.0))
