@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from sadam_integrations.update import LN2
+from sadam_integrations.moments import unwrap
+from sadam_integrations.update import LN2, widen
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,16 @@ MANTISSA = 3
 
 SETTLED = 64
 """From this step on, a parameter's beta counts as settled."""
+
+LOOKED_AT = 10
+"""The step after which a fixed beta's floor is looked at: the second moment has an order of magnitude by then, and the
+shortest epochs are not over."""
+
+FAR_BELOW = 0.02
+"""A median of ``sqrt(v)`` under this part of a fixed beta's floor leaves nothing of Adam; the paper's CNN has 0.24."""
+
+MOMENTUM_SGD = 1e-2
+"""A learning rate from which on momentum SGD may be what is wanted: the published one."""
 
 
 def is_due(step: int, beta: float) -> bool:
@@ -134,10 +145,62 @@ def warn_flat(name: str, params: Sequence[Tensor]) -> None:
         )
 
 
+def warn_floor(optimizer: Optimizer) -> None:
+    """Warns once of a fixed beta whose floor lies far above the gradients, while the learning rate is one for Adam.
+
+    Looks at the moments at step ``LOOKED_AT`` alone, of a sharded parameter at this process's part. A step count that
+    lies on a GPU is not read.
+    """
+    for beta in {group["beta"] for group in optimizer.param_groups} - {"auto"}:
+        groups = [group for group in optimizer.param_groups if group["beta"] == beta and not group["differentiable"]]
+        first = next((p for group in groups for p in group["params"] if p.grad is not None), None)
+        step = None if first is None else optimizer.state[first]["step"]
+        if step is not None and step.is_cpu and step.item() == LOOKED_AT and not is_frozen():
+            _look_at_floor(optimizer, beta, groups)
+
+
+def _look_at_floor(optimizer: Optimizer, beta: float, groups: Sequence[dict[str, Any]]) -> None:
+    name, floor = type(optimizer).__name__, LN2 / beta
+    lr = max(float(group.get("initial_lr", group["lr"])) for group in groups)  # not the low one of a warm-up
+    distributed = torch.distributed
+    here = not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
+    if not here or not 0 < lr < MOMENTUM_SGD or (name, beta) in _WARNED:
+        return
+    found = [(group["betas"][1], optimizer.state.get(p, {})) for group in groups for p in group["params"]]
+    seen = [(beta2, state) for beta2, state in found if "step" in state]
+    stride = sum(state["exp_avg_sq"].numel() for _, state in seen) // 1_000_000 | 1  # odd: not one column of a matrix
+    roots = []
+    for beta2, state in seen:
+        v: Any = state.get("max_exp_avg_sq", state["exp_avg_sq"])
+        v = widen((v.to_local() if hasattr(v, "to_local") else v).detach()).flatten()[::stride]
+        roots.append((v.sqrt() * (1 - beta2 ** float(state["step"])) ** -0.5).float().cpu())
+    roots = [live for root in roots if len(live := root[(root > 0) & root.isfinite()])]
+    root = torch.cat(roots) if roots else torch.full((1,), math.inf)
+    if (median := root.median().item()) >= FAR_BELOW * floor:
+        return
+    _WARNED.add((name, beta))
+    share = (root < floor).float().mean().item()
+    auto = statistics.median(LN2 / (FLOOR * root.quantile(QUANTILE).item()) for root in roots)
+    warnings.warn(
+        f"{name}: beta={beta:g} leaves {100 * share:.3g} % of the coordinates on the floor of the denominator, "
+        f"ln 2 / beta = {floor:.2g}: the median of sqrt(v) is {median:.2g}. The step is momentum SGD at "
+        f"{1 / floor:.3g} x lr = {lr / floor:.2g}, not Adam at lr={lr:.3g}. For Adam's learning rates give "
+        f'beta="auto", or a beta of about {auto:.1g}; for momentum SGD an lr of {MOMENTUM_SGD:g} '
+        f'or more. "sadam calibrate" tells which lr goes with which beta.',
+        stacklevel=3,
+    )
+
+
+_WARNED: set[tuple[str, float]] = set()
+"""What has been warned of in this process, where there may be an optimizer for each parameter."""
+
+
 def log_settled(optimizer: Optimizer) -> None:
     """Logs one line at the step at which an optimizer's betas settle."""
     states = (optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"])
-    settled = sorted(state["beta"] for state in states if state.get("beta") and state["step"] == SETTLED)
+    settled = sorted(
+        state["beta"] for state in states if state.get("beta") and state["step"].is_cpu and state["step"] == SETTLED
+    )
     if settled:
         logger.info(
             '%s: beta="auto" settled for %d parameters: median %.3g, from %.3g to %.3g',
@@ -161,11 +224,9 @@ def chosen_betas(optimizer: Optimizer, model: Module | None = None) -> dict[str,
     Raises:
         TypeError: If the optimizer has no softplus beta.
     """
-    while "beta" not in getattr(optimizer, "defaults", {}):
-        inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)
-        if inner is None:
-            raise TypeError(f"{type(optimizer).__name__} has no softplus beta: only this package's optimizers have one")
-        optimizer = inner
+    optimizer = unwrap(optimizer)
+    if "beta" not in getattr(optimizer, "defaults", {}):
+        raise TypeError(f"{type(optimizer).__name__} has no softplus beta: only this package's optimizers have one")
     names = {} if model is None else {p: name for name, p in model.named_parameters()}
     betas = {}
     for i, group in enumerate(optimizer.param_groups):

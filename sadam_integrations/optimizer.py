@@ -125,8 +125,10 @@ class Sadam(Optimizer):
         for group in self.param_groups:
             with torch.set_grad_enabled(group["differentiable"]):
                 self._step_group(group)
-        if not torch.compiler.is_compiling() and calibration.logger.isEnabledFor(logging.INFO):
-            calibration.log_settled(self)
+        if not torch.compiler.is_compiling():
+            calibration.warn_floor(self)
+            if calibration.logger.isEnabledFor(logging.INFO):
+                calibration.log_settled(self)
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
