@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 HELP = """\
-usage: python -m sadam_integrations.launch SCRIPT [arguments of the script ...]
-       python -m sadam_integrations.launch -m MODULE [arguments of the module ...]
+usage: python -m sadam_integrations.launch [--monitor] SCRIPT [arguments of the script ...]
+       python -m sadam_integrations.launch [--monitor] -m MODULE [arguments of the module ...]
 
 Runs a script or module that uses the Hugging Face Trainer, unmodified, with the optimizers of this package among
 the names it knows: --optim sadam, samsgrad, sadamw or samsgradw.
@@ -22,7 +22,16 @@ the names):
   torchrun --nproc-per-node 2 -m sadam_integrations.launch run_glue.py --optim sadamw ...
   accelerate launch -m sadam_integrations.launch run_glue.py --optim sadamw ...
 
-A script that you may edit does not need this: one line, import sadam_integrations.huggingface, does the same.
+With --monitor, in front of the script or of -m, every Trainer also logs the adaptive learning rates of its optimizer,
+which may be any of Adam's kind, each time that it logs the loss:
+
+  python -m sadam_integrations.launch --monitor run_glue.py --optim adamw_torch --report_to tensorboard ...
+  torchrun --nproc-per-node 2 -m -- sadam_integrations.launch --monitor run_glue.py --optim sadamw ...
+
+(torchrun has options that begin like --monitor: the -- in front of the module says that those behind it are not its.)
+
+A script that you may edit does not need this: one line, import sadam_integrations.huggingface, does the same, and
+Trainer(callbacks=[sadam_integrations.huggingface.ALRCallback()]) is the monitor.
 """
 
 
@@ -30,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Registers the names with transformers and runs a script or module as Python itself would.
 
     Args:
-        argv: The script and its arguments, or ``-m``, a module and its arguments; by default those of the command line.
+        argv: The script and its arguments, or ``-m``, a module and its arguments, with or without ``--monitor`` in
+            front; by default those of the command line.
 
     Raises:
         SystemExit: With a message if the command line is wrong or transformers is missing, or from the script.
@@ -39,19 +49,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv[:1] in (["-h"], ["--help"]):
         print(HELP, end="")
         return
+    monitor = argv[:1] == ["--monitor"]
+    argv = argv[monitor:]
     as_module = argv[:1] == ["-m"]
     argv = argv[as_module:]
     if not argv:
         _fail(f"no {'module' if as_module else 'script'} to run is given")
+    if argv[0] == "--monitor":
+        _fail("--monitor is given once, in front of the script or of -m")
     if argv[0].startswith("-"):
         _fail(f"{argv[0]} comes before the script: the script's own options go after its name")
     if not as_module and not os.path.exists(argv[0]):
         _fail(f"there is no script {argv[0]!r} in {os.getcwd()!r}; a module is run with -m")
 
     try:
-        import sadam_integrations.huggingface  # noqa: F401
+        import sadam_integrations.huggingface
     except ImportError as error:
         sys.exit(f"sadam_integrations.launch: {error}")
+    if monitor:
+        from transformers import trainer
+
+        # in front of the callbacks of report_to, which then see the numbers
+        trainer.DEFAULT_CALLBACKS.append(sadam_integrations.huggingface.ALRCallback)  # type: ignore[arg-type]
 
     sys.argv = argv  # runpy makes argv[0] the path of the script: HfArgumentParser looks for <script>.args there
     if as_module:

@@ -252,8 +252,8 @@ def files():
 
 
 def test_the_blocks_of_the_page_are_found():
-    assert files().keys() == {"main.py", "injected.py", "config.yaml"} and len(commands()) == 10
-    assert len(blocks("python")) == 4 and lightning.UseOptimizer.__name__ in DOC.read_text()
+    assert files().keys() == {"main.py", "injected.py", "config.yaml", "monitor.yaml"} and len(commands()) == 11
+    assert len(blocks("python")) == 5 and lightning.UseOptimizer.__name__ in DOC.read_text()
 
 
 @pytest.mark.parametrize("code", [block for block in blocks("python") if block not in files().values()])

@@ -32,7 +32,9 @@ except ModuleNotFoundError as error:
         'pip install "sadam-integrations[transformers]"'
     ) from error
 
-__all__ = ["load_name"]
+from sadam_integrations.huggingface.monitor import ALRCallback
+
+__all__ = ["ALRCallback", "load_name"]
 
 logger = logging.get_logger("transformers.sadam_integrations")  # the Trainer's log_level governs transformers' loggers
 

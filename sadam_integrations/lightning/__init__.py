@@ -1,9 +1,8 @@
-"""Lightning: a callback that trains a module you do not own with one of the optimizers (docs/lightning.md)."""
+"""Lightning: callbacks to train a module you do not own, and to see the learning rates (docs/lightning.md)."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import warnings
 from collections.abc import Callable, Iterable
 from types import MethodType
@@ -11,27 +10,12 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from sadam_integrations.lightning._base import _callbacks
+from sadam_integrations.lightning.monitor import ALRMonitor
 from sadam_integrations.optimizer import SadamW
 from sadam_integrations.param_groups import param_groups
 
-__all__ = ["UseOptimizer"]
-
-
-def _callbacks() -> tuple[type, ...]:
-    """The class Callback of every Lightning there is: each one's command line accepts none but its own."""
-    found = []
-    for name in ("lightning.pytorch", "pytorch_lightning"):
-        try:
-            found.append(importlib.import_module(name).Callback)
-        except ModuleNotFoundError as error:
-            if error.name not in (name, name.partition(".")[0]):
-                raise
-    if not found:
-        raise ImportError(
-            "sadam_integrations.lightning needs Lightning, which is not installed: "
-            'pip install "sadam-integrations[lightning]"'
-        )
-    return tuple(found)
+__all__ = ["ALRMonitor", "UseOptimizer"]
 
 
 class UseOptimizer(*_callbacks()):  # type: ignore[misc]
