@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sadam_integrations.cli import compare, cp, env, ls, run
+from sadam_integrations.cli import calibrate, compare, cp, env, ls, run
 from sadam_integrations.factory import did_you_mean
 from sadam_integrations.run_folder import RecipeError
 from sadam_integrations.version import __version__
@@ -21,6 +21,7 @@ Recipes that train with Sadam, SAMSGrad and their peers: run them, copy them, co
   sadam run vit --lr 1e-3 --seed 1 --output_dir runs/mine
   sadam cp bert .                          the recipe as a file of your own: sadam run ./bert.py
   sadam compare vit --optimizers adamw sadamw --seeds 3
+  sadam calibrate bert                     which beta and learning rate, from a short AdamW run
   sadam env                                versions, devices, and how a step is computed on each
 """
 
@@ -37,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="sadam", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("-V", "--version", action="version", version=__version__)
     verbs = parser.add_subparsers(metavar="VERB", title="verbs (sadam VERB --help explains each)")
-    for module in (ls, run, cp, compare, env):
+    for module in (ls, run, cp, compare, calibrate, env):
         verb = verbs.add_parser(
             module.__name__.rpartition(".")[2],
             help=module.SUMMARY,
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         parser.print_help()
         return 0
-    if unknown and args.go is not compare.go:
+    if unknown and args.go not in (compare.go, calibrate.go):
         hint = ": keys come after the recipe's name" if args.go is run.go else ""
         args.verb.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     args.overrides = unknown
