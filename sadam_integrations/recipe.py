@@ -19,7 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from sadam_integrations import plots
+import torch
+
+from sadam_integrations import alr, plots
 from sadam_integrations.run_folder import (
     RecipeError,
     is_main_process,
@@ -87,6 +89,8 @@ def main(
     except Exception:
         logging.getLogger(__name__).exception("the run ended with an error")
         raise
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them
     return 0
 
 
@@ -313,7 +317,7 @@ def check(config: Any, *rules: tuple[str, Callable[[Any], bool], str]) -> None:
 def finish(
     folder: Path, recipe: str, title: str, config: Any, metrics: dict, history: dict, seconds: float
 ) -> dict[str, Any]:
-    """Closes a run: draws the figure, writes ``result.json``, removes the checkpoints and says what came out.
+    """Closes a run: draws the figures, writes ``result.json``, removes the checkpoints and says what came out.
 
     Args:
         folder: The run's folder.
@@ -329,6 +333,8 @@ def finish(
     """
     summary = f"{config.optimizer} lr {config.lr:g}: validation accuracy {metrics['validation_accuracy']:.3f}"
     plots.training_figure(history, folder / "figure.png", f"{title}, {summary}")
+    if lines := alr.Record.read(folder):
+        plots.alr_figure(lines, folder / "alr.png", f"{title}, {config.optimizer} lr {config.lr:g}")
     result = write_result(folder, recipe, config, metrics, history, seconds)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if not math.isfinite(metrics.get("validation_loss", 0.0)):

@@ -19,7 +19,17 @@ import torch
 
 from sadam_integrations.version import __version__
 
-RUN_FILES = ("result.json", "figure.png", "model", "checkpoints", "config.yaml", "recipe.py", "log.txt")
+RUN_FILES = (
+    "result.json",
+    "figure.png",
+    "alr.jsonl",
+    "alr.png",
+    "model",
+    "checkpoints",
+    "config.yaml",
+    "recipe.py",
+    "log.txt",
+)
 """What a run writes into its folder; ``result.json`` comes last, so that its presence means "finished"."""
 
 LOCK = ".lock"
@@ -105,6 +115,7 @@ def open_run(config: Any, source: str | Path) -> Path:
         if not same_recipe(folder, code):
             raise RecipeError(f"output_dir: {folder} holds an interrupted run of another version of the recipe: {fix}")
     else:
+        (folder / "alr.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         write_text(saved, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
         write_text(folder / "recipe.py", code)
     _open_log(folder / "log.txt", "a" if interrupted else "w")

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from sadam_integrations import plots, recipe
+from sadam_integrations import alr, plots, recipe
 from sadam_integrations.cli.recipes import find
 from sadam_integrations.cli.tables import CHOICE, Run, curves, differences, notes, record, sentence, summarise, table
 from sadam_integrations.factory import create_optimizer
@@ -29,7 +29,8 @@ from sadam_integrations.run_folder import NOT_COMPARED, RecipeError, lock, read_
 SUMMARY = "compare optimizers on a recipe, or runs that exist"
 DESCRIPTION = """\
 Runs a recipe with every optimizer at every learning rate, over the same seeds: the same budget for each. Prints means
-with standard deviations and the paired differences to the first optimizer; compare.json and compare.png hold the rest.
+with standard deviations and the paired differences to the first optimizer; compare.json and compare.png hold the rest,
+compare_alr.png the adaptive learning rates of one seed.
 
   sadam compare bert --optimizers adamw sadamw --lrs 5e-5 2e-4 --seeds 5
   sadam compare vit --optimizers adamw sadamw sadamw:beta=1000 sgd:momentum=0.9 --epochs 4
@@ -84,6 +85,20 @@ def go(args: argparse.Namespace) -> int:
     if finished:
         title = about["recipe"] if overlay else f"{about['recipe']}: means over the seeds, with standard deviations"
         plots.compare_figure(curves(runs, summary), folder / "compare.png", title)
+        rates = {row["optimizer"]: row["lr"] for row in summary if row["chosen"]}
+        chosen = [run for run in finished if run.lr == rates[run.label]]
+        measured: dict[str, Any] = {}
+        for run in reversed(chosen):  # the first seed comes last and stays
+            try:
+                lines = alr.Record.read(run.folder)
+            except ValueError as error:
+                raise RecipeError(str(error)) from None
+            if lines:
+                measured[f"{run.label}, lr {run.lr:g}"] = lines
+        if measured:
+            measured = dict(reversed(measured.items()))
+            title = about["recipe"] + ("" if overlay else ": first seed")
+            plots.alr_compare_figure(measured, folder / "compare_alr.png", title)
         print(table(summary))
         for gap in gaps:
             print(sentence(gap))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import datasets
 import numpy as np
+import torch
 import transformers
 from transformers import (
     AutoConfig,
@@ -99,3 +100,5 @@ def main():
 
 if __name__ == "__main__":
     main()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them
