@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from sadam_integrations import cli, recipe
-from sadam_integrations.cli import compare, recipes, tables
+from sadam_integrations.cli import calibrate, compare, recipes, tables
 
 for module in ("jsonargparse", "matplotlib", "tqdm"):
     pytest.importorskip(module)
@@ -70,11 +71,11 @@ def told(capsys, *words):
 def test_no_argument_teaches(capsys):
     code, out, _ = told(capsys)
     assert code == 0
-    for verb in ("ls", "run", "cp", "compare", "env"):
+    for verb in ("ls", "run", "cp", "compare", "calibrate", "env"):
         assert f"  sadam {verb}" in out and re.search(rf"^    {verb} +\w", out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("verb", ["ls", "run", "cp", "compare", "env"])
+@pytest.mark.parametrize("verb", ["ls", "run", "cp", "compare", "calibrate", "env"])
 def test_every_verb_has_help_with_examples(capsys, verb):
     code, out, _ = told(capsys, verb, "--help")
     assert code == 0 and out.startswith(f"usage: sadam {verb}")
@@ -397,10 +398,11 @@ def commands():
     texts |= {f"recipes/{name}": path.read_text() for name, path in recipes.names().items()}
     texts |= {p.name: p.read_text().replace("#", " ") for p in (ROOT / "recipes").glob("*.yaml")}
     texts["sadam --help"] = cli.DESCRIPTION
-    for module in (cli.ls, cli.run, cli.cp, cli.compare, cli.env):
+    for module in (cli.ls, cli.run, cli.cp, cli.compare, cli.calibrate, cli.env):
         texts[module.__name__] = module.DESCRIPTION
     for source, text in texts.items():
-        for line in re.findall(r"^(?:.*: +)?\W*(sadam (?:ls|run|cp|compare|env)\b[^\n`]*)", text, re.MULTILINE):
+        verbs = "ls|run|cp|compare|calibrate|env"
+        for line in re.findall(rf"^(?:.*: +)?\W*(sadam (?:{verbs})\b[^\n`]*)", text, re.MULTILINE):
             command = re.split(r" {2,}|: torchrun| #", line)[0].rstrip("` ")
             yield pytest.param(shlex.split(command)[1:], id=f"{source}: {command}")
 
@@ -427,7 +429,23 @@ def test_every_command_shown_is_one_that_works(words, capsys, toy):
             assert stop.value.code == 0
             return
         module = recipe.load(path, "main", "Config", "DEFAULT_CONFIG")
+        for config in re.findall(r"--config (runs/\S+)", " ".join(rest)):  # what sadam calibrate leaves
+            (toy / config).parent.mkdir(parents=True)
+            (toy / config).write_text("lr: 1.0e-4\n")
         recipe.parse(module.Config, rest[1:], None, module.DEFAULT_CONFIG)
+    elif verb == "calibrate":
+        for name, file in (("recipe.py", "bert.py"), ("config.yaml", "bert.yaml")):
+            (toy / "runs/bert").mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / "recipes" / file, toy / "runs/bert" / name)
+        (toy / "runs/mine/checkpoint-64").mkdir(parents=True)
+        torch.save({}, toy / "runs/mine/checkpoint-64/optimizer.pt")
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        calibrate.arguments(parser)
+        args, args.overrides = parser.parse_known_args(rest)
+        source = calibrate.locate(args)
+        assert source.exists()
+        if source.suffix == ".py":
+            assert calibrate.planned(source, args.overrides)[0].lr > 0
     elif verb == "compare" and "--optimizers" not in rest:
         assert all(word.startswith("runs/") for word in rest)
     elif verb == "compare":

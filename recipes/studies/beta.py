@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -233,9 +234,11 @@ def study(tasks: list[str], folder: Path, smoke: bool) -> None:
 
 
 def read(path: Path) -> list[dict]:
-    """The finished runs of a file, none if it is not there; a last line cut short by a crash is not a run."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    """The finished runs of a file, none if it is not there; a last line cut short by a crash is dropped."""
+    if not path.exists():
+        return []
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def cells(task: str, rows: list[dict]) -> Iterator[tuple[Candidate, float, dict[str, list]]]:
