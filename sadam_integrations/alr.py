@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.nn import Module
 
 from sadam_integrations import moments
-from sadam_integrations.moments import Entry, unwrap
+from sadam_integrations.moments import Entry
 from sadam_integrations.update import LN2, corrections, softplus, widen
-
-__all__ = ["QUANTILES", "Record", "Sample", "histogram", "layer_groups", "metrics", "sample", "summary", "unwrap"]
 
 QUANTILES = {"q01": 0.01, "q25": 0.25, "median": 0.5, "q75": 0.75, "q99": 0.99}
 """The quantiles of a summary."""
+
+OF_A_LAYER = ("median", "q99_over_q01", "floor_share")
+"""What is logged of each parameter, if that is wanted."""
 
 LEAST = 1000
 """Coordinates sampled from a tensor at least, if it has as many."""
@@ -83,7 +84,7 @@ def sample(optimizer: Any, model: Module | None = None, limit: int = 100_000) ->
     tensor, and so are the samples of FSDP1, ZeroRedundancyOptimizer and DeepSpeed ZeRO, so each gets the whole.
 
     Args:
-        optimizer: Wrapped or not; see :func:`unwrap`.
+        optimizer: Wrapped or not; see :func:`sadam_integrations.moments.unwrap`.
         model: Gives the parameters' names. Without it they are those the optimizer was built with
             (``AdamW(model.named_parameters())``), or else ``"group.index"``.
         limit: About how many coordinates to take of all parameters together, spread by their sizes; but at least a
@@ -153,13 +154,25 @@ def metrics(optimizer: Any, model: Module | None = None, layers: bool = False) -
     Raises:
         TypeError: If the optimizer keeps no second moment.
     """
-    samples = sample(optimizer, model)
-    found = {f"alr/{key}": value for key, value in summary(samples).items()}
+    return named(sample(optimizer, model), layers)
+
+
+def named(samples: Sequence[Sample], layers: bool = False, prefix: str = "alr") -> dict[str, float]:
+    """Names the numbers of samples that there are already.
+
+    Args:
+        samples: What :func:`sample` returned.
+        layers: See :func:`metrics`.
+        prefix: What the names begin with.
+
+    Returns:
+        What :func:`metrics` returns.
+    """
+    found = {f"{prefix}/{key}": value for key, value in summary(samples).items()}
     if layers:
         for name, own in _by(samples, {s.name: s.name for s in samples}).items():
             values = summary(own)
-            keys = [key for key in ("median", "q99_over_q01", "floor_share") if key in values]
-            found |= {f"alr_layer/{name}/{key}": values[key] for key in keys}
+            found |= {f"{prefix}_layer/{name}/{key}": values[key] for key in OF_A_LAYER if key in values}
     return found
 
 
@@ -355,8 +368,8 @@ def _weights(samples: Sequence[Sample]) -> Tensor:
 
 def _quantiles(values: Tensor, weights: Tensor) -> dict[str, float]:
     """The :data:`QUANTILES` of values of which each stands for as many equal ones as its weight says."""
-    values, order = values.sort()
-    weights = weights[order]
+    order = values.view(torch.int32).argsort()  # positive floats are in the order of their bits, found 20 times as fast
+    values, weights = values[order], weights[order]
     ends = weights.cumsum(0)  # a value takes the ranks from ends - weight to ends - 1; between ranks is a straight line
     ranks = torch.tensor(list(QUANTILES.values()), dtype=torch.float64) * (ends[-1] - 1).clamp_(min=0)
     i = torch.searchsorted(ends, ranks, right=True).clamp_(max=len(values) - 1)

@@ -16,7 +16,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from sadam_integrations import calibration
-from sadam_integrations.alr import unwrap
+from sadam_integrations.moments import unwrap
 from sadam_integrations.update import LN2, corrections, softplus, widen
 
 BETAS = (10.0, 50.0, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7)

@@ -12,6 +12,10 @@ from torch.nn import Module
 from sadam_integrations.update import BIAS_CORRECTIONS, BiasCorrection
 
 
+class NoSecondMomentError(TypeError):
+    """An optimizer that is not of Adam's kind."""
+
+
 class Entry(NamedTuple):
     """A second moment, and what turns it into the denominator of the step."""
 
@@ -44,13 +48,13 @@ def entries(optimizer: Any, model: Module | None) -> list[Entry]:
         model: Gives the parameters' names.
 
     Raises:
-        TypeError: If the optimizer keeps no second moment.
+        NoSecondMomentError: If the optimizer keeps no second moment.
     """
     inner = unwrap(optimizer)
     kept = ["exp_avg_sq" in state for state in inner.state.values() if state]
     kept = [any(rank) for rank in gather(optimizer, kept) if rank]
     if not any("betas" in group for group in inner.param_groups) or (kept and not any(kept)):
-        raise TypeError(
+        raise NoSecondMomentError(
             f"{type(inner).__name__} keeps no second moment (exp_avg_sq), so it has no adaptive learning rate: "
             f"measure an optimizer of Adam's kind"
         )

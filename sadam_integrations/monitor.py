@@ -7,10 +7,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from sadam_integrations.alr import Record, Sample, sample, summary
-
-OF_A_LAYER = ("median", "q99_over_q01", "floor_share")
-"""What is logged of each parameter under ``layers=True``."""
+from sadam_integrations.alr import Record, Sample, named, sample
+from sadam_integrations.moments import NoSecondMomentError
 
 
 class Monitor:
@@ -72,14 +70,7 @@ class Monitor:
         for i, optimizer in enumerate(optimizers):
             samples = self._sample(i, optimizer, model, main)
             everything += samples
-            alr = "alr" if len(optimizers) == 1 else f"alr_{i}"
-            metrics |= {f"{alr}/{key}": value for key, value in summary(samples).items()}
-            of_layers: dict[str, list[Sample]] = {}
-            for one in samples if self.layers else ():
-                of_layers.setdefault(one.name, []).append(one)  # a sharded optimizer has pieces of a parameter
-            for name, pieces in of_layers.items():
-                values = summary(pieces)
-                metrics |= {f"{alr}_layer/{name}/{key}": values[key] for key in OF_A_LAYER if key in values}
+            metrics |= named(samples, self.layers, "alr" if len(optimizers) == 1 else f"alr_{i}")
         if main and self.record is not None and everything:
             self.record.add(step, everything)
         return metrics
@@ -90,7 +81,7 @@ class Monitor:
             return []
         try:
             return sample(optimizer, model)
-        except TypeError as error:
+        except NoSecondMomentError as error:
             self._unmeasurable.add(i)
             if main:
                 warnings.warn(f"{self.name} logs nothing of this optimizer: {error}", stacklevel=4)

@@ -296,21 +296,31 @@ def test_the_command_runs_wherever_the_package_is(kind, environment, wheel_file,
         last = told("run", recipe, "--smoke", "--output_dir", folder).splitlines()[-1]
         assert re.fullmatch(r"sadamw lr \S+: validation accuracy 0\.\d+, test 0\.\d+, \d+ s -> .*", last)
         files = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-        assert files == {"result.json", "figure.png", "config.yaml", "log.txt", "recipe.py", "model"}
+        assert files == {
+            "result.json",
+            "figure.png",
+            "alr.jsonl",
+            "alr.png",
+            "config.yaml",
+            "log.txt",
+            "recipe.py",
+            "model",
+        }
 
 
 def blocks():
-    """Every Python block of the README that is not marked with <!-- not run --> in front of it."""
-    text = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
-    for block in re.finditer(r"(<!-- not run -->\s*)?^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        if not block[1]:
-            yield pytest.param(block[2], id=f"line {text[: block.start(2)].count(chr(10)) + 1}")
+    """Every Python block of the README and the docs; docs/lightning.md has tests of its own."""
+    for name in TEXTS:
+        text = (ROOT / name).read_text()
+        for block in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            if name != "docs/lightning.md":
+                yield pytest.param(name, block[1], id=f"{name}, line {text[: block.start(1)].count(chr(10)) + 1}")
 
 
-@pytest.mark.parametrize("code", list(blocks()))
-def test_the_python_of_the_readme_runs(code, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "code"), list(blocks()))
+def test_the_python_of_the_texts_runs(name, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme", "torch": torch, "model": nn.Linear(2, 2)})
+    exec(compile(code, name, "exec"), {"__name__": "readme", "torch": torch, "model": nn.Linear(2, 2)})
 
 
 def switched():

@@ -97,7 +97,7 @@ class Progress(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Shows the newest training loss and validation accuracy, and writes everything into the run's log."""
-        logger.info("step %d: %s", state.global_step, logs)
+        logger.info("step %d: %s", state.global_step, {k: v for k, v in logs.items() if not k.startswith("alr/")})
         if state.is_world_process_zero and self.training_bar is not None:
             for key, name in (("loss", "loss"), ("eval_accuracy", "validation")):
                 if key in logs:
