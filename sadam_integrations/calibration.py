@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from sadam_integrations.moments import unwrap
+from sadam_integrations import moments
 from sadam_integrations.update import LN2, widen
 
 logger = logging.getLogger(__name__)
@@ -224,10 +224,10 @@ def chosen_betas(optimizer: Optimizer, model: Module | None = None) -> dict[str,
     Raises:
         TypeError: If the optimizer has no softplus beta.
     """
-    optimizer = unwrap(optimizer)
+    optimizer = moments.unwrap(optimizer)
     if "beta" not in getattr(optimizer, "defaults", {}):
         raise TypeError(f"{type(optimizer).__name__} has no softplus beta: only this package's optimizers have one")
-    names = {} if model is None else {p: name for name, p in model.named_parameters()}
+    names = {} if model is None else moments.names(model)
     betas = {}
     for i, group in enumerate(optimizer.param_groups):
         for j, p in enumerate(group["params"]):

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from sadam_integrations import calibration
-from sadam_integrations.moments import unwrap
+from sadam_integrations import calibration, moments
 from sadam_integrations.update import LN2, corrections, softplus, widen
 
 BETAS = (10.0, 50.0, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7)
@@ -204,6 +203,10 @@ def find_state(content: Any, where: str) -> Mapping[str, Any]:
             return content
         several = content.get("optimizer_states")
         if isinstance(several, Sequence) and several:
+            if len(several) > 1:
+                raise ValueError(
+                    f"{where}: it holds {len(several)} optimizers: load it, and give advise() one of optimizer_states"
+                )
             return find_state(several[0], where)
         for key in ("optimizer", "optimizer_state_dict"):
             if isinstance(content.get(key), Mapping):
@@ -214,10 +217,10 @@ def find_state(content: Any, where: str) -> Mapping[str, Any]:
 
 def _state_of(optimizer: Any, model: Module | None) -> dict[str, Any]:
     """The state dict of an optimizer, with the names of its parameters where the model gives them."""
-    optimizer = unwrap(optimizer)
+    optimizer = moments.unwrap(optimizer)
     if not hasattr(optimizer, "param_groups"):
         raise ValueError(f"advise: a {type(optimizer).__name__} is neither an optimizer nor its state dict or a path")
-    names = {} if model is None else {p: name for name, p in model.named_parameters()}
+    names = {} if model is None else moments.names(model)
     found = optimizer.state_dict()
     groups = []
     for live, group in zip(optimizer.param_groups, found["param_groups"], strict=True):

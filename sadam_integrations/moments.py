@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, distributed
 from torch.nn import Module
 
 from sadam_integrations.update import BIAS_CORRECTIONS, BiasCorrection
+
+OTHERS = ("partial", "final_lr")
+"""Arguments of PAdam and AdaBound, whose denominators are made otherwise of the same second moment."""
 
 
 class NoSecondMomentError(TypeError):
@@ -51,14 +54,21 @@ def entries(optimizer: Any, model: Module | None) -> list[Entry]:
         NoSecondMomentError: If the optimizer keeps no second moment.
     """
     inner = unwrap(optimizer)
-    kept = ["exp_avg_sq" in state for state in inner.state.values() if state]
+    kept = ["exp_avg_sq" in state for state in inner.state.values() if isinstance(state, Mapping) and state]
     kept = [any(rank) for rank in gather(optimizer, kept) if rank]
-    if not any("betas" in group for group in inner.param_groups) or (kept and not any(kept)):
+    ours = any("betas" in group and len(group["betas"]) == 2 for group in inner.param_groups)
+    other = [key for key in OTHERS if any(key in group for group in inner.param_groups)]
+    if other:
+        raise NoSecondMomentError(
+            f"{type(inner).__name__} has an argument {other[0]!r}: the denominator of its step is not Adam's, and its "
+            f"adaptive learning rate is not known here"
+        )
+    if not ours or (kept and not any(kept)):
         raise NoSecondMomentError(
             f"{type(inner).__name__} keeps no second moment (exp_avg_sq), so it has no adaptive learning rate: "
             f"measure an optimizer of Adam's kind"
         )
-    return list(_entries(inner, _groups(optimizer), {} if model is None else _names(model)))
+    return list(_entries(inner, _groups(optimizer), {} if model is None else names(model)))
 
 
 def gather(optimizer: Any, mine: Any) -> list[Any]:
@@ -99,7 +109,7 @@ def _groups(optimizer: Any) -> list[dict[str, Any]]:
     return (outer if getattr(outer, "optim", None) is inner else inner).param_groups
 
 
-def _names(model: Module) -> dict[Tensor, str]:
+def names(model: Module) -> dict[Tensor, str]:
     """From parameter to name, without what DDP, torch.compile, FSDP1 and checkpointing add to it."""
     while type(model).__name__ in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine"):
         model = model.module  # type: ignore[assignment]
@@ -110,12 +120,12 @@ def _clean(name: str) -> str:
     return re.sub(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name)
 
 
-def _entries(inner: Any, groups: list[dict[str, Any]], names: dict[Tensor, str]) -> Iterator[Entry]:
+def _entries(inner: Any, groups: list[dict[str, Any]], known: dict[Tensor, str]) -> Iterator[Entry]:
     listed = set()
     for i, group in enumerate(groups):
         for j, p in enumerate(group["params"]):
             listed.add(p)
-            name = names.get(p) or (_clean(group["param_names"][j]) if "param_names" in group else f"{i}.{j}")
+            name = known.get(p) or (_clean(group["param_names"][j]) if "param_names" in group else f"{i}.{j}")
             yield from _entry((i, j), name, inner.state.get(p), group)
     rules = [[group.get(key) for key in ("betas", "beta", "eps", "bias_correction", "step")] for group in groups]
     if all(rule == rules[0] for rule in rules):  # under DeepSpeed ZeRO-3 no group lists the pieces that have a state
@@ -124,7 +134,7 @@ def _entries(inner: Any, groups: list[dict[str, Any]], names: dict[Tensor, str])
 
 
 def _entry(place: tuple[int, int], name: str, state: dict[str, Any] | None, group: dict[str, Any]) -> Iterator[Entry]:
-    if not state or "exp_avg_sq" not in state or "betas" not in group:
+    if not isinstance(state, Mapping) or "exp_avg_sq" not in state or "betas" not in group:
         return
     second = state.get("max_exp_avg_sq")
     second = state["exp_avg_sq"] if second is None else second

@@ -30,6 +30,7 @@ class Monitor:
         self.name, self.layers, self.every_n_steps = name, layers, every_n_steps
         self.record = None if folder is None else Record(folder)
         self._unmeasurable: set[int] = set()
+        self._unwritable = False
 
     def start(self, step: int, main: bool, logging_steps: int, source: str) -> None:
         """Checks the interval and has the record forget what comes after the step that is begun with.
@@ -71,8 +72,12 @@ class Monitor:
             samples = self._sample(i, optimizer, model, main)
             everything += samples
             metrics |= named(samples, self.layers, "alr" if len(optimizers) == 1 else f"alr_{i}")
-        if main and self.record is not None and everything:
-            self.record.add(step, everything)
+        if main and self.record is not None and everything and not self._unwritable:
+            try:
+                self.record.add(step, everything)
+            except OSError as error:  # no reason to lose a training
+                self._unwritable = True
+                warnings.warn(f"{self.name} writes no more of its record: {error}", stacklevel=3)
         return metrics
 
     def _sample(self, i: int, optimizer: Any, model: Any, main: bool) -> list[Sample]:

@@ -333,8 +333,11 @@ def finish(
     """
     summary = f"{config.optimizer} lr {config.lr:g}: validation accuracy {metrics['validation_accuracy']:.3f}"
     plots.training_figure(history, folder / "figure.png", f"{title}, {summary}")
-    if lines := alr.Record.read(folder):
-        plots.alr_figure(lines, folder / "alr.png", f"{title}, {config.optimizer} lr {config.lr:g}")
+    try:
+        if lines := alr.Record.read(folder):
+            plots.alr_figure(lines, folder / "alr.png", f"{title}, {config.optimizer} lr {config.lr:g}")
+    except ValueError as error:  # a damaged record is no reason to lose the result
+        say(f"no alr.png: {error}")
     result = write_result(folder, recipe, config, metrics, history, seconds)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if not math.isfinite(metrics.get("validation_loss", 0.0)):

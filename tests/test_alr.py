@@ -305,6 +305,7 @@ def test_nan_and_infinity_are_left_out():
     optimizer.state[bias]["exp_avg_sq"].fill_(math.nan)
     found, broken, *_ = samples = alr.sample(optimizer)
     assert len(found.root) == len(clean.root) - 3 and found.unseen == 1
+    assert (found.low, found.high) == (found.root.min(), found.root.max())  # all are drawn
     assert len(broken.root) == 0 and math.isnan(broken.high)
     assert all(math.isfinite(value) for value in alr.summary(samples).values())
     assert len(alr.histogram(samples)["after"]) > 1

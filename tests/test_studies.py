@@ -96,17 +96,32 @@ def test_a_study_goes_on_where_it_was_stopped(made, tmp_path):
 
 
 def test_epsilon_and_beta_set_the_same_floors(made, tmp_path, capsys):
-    run(EPSILON, tmp_path)
+    run(EPSILON, tmp_path, "cnn", "bert")
+    floors = [10.0**power for power in range(-8, 1)]
     for task in ("cnn", "bert"):
-        args = [job["args"] for job in made if job["task"] == task and job["seed"] == 0]
-        floors = [a["eps"] for a in args if "eps" in a]
-        assert floors == pytest.approx([10.0**power for power in range(-8, 1)])
-        assert [LN2 / a["beta"] for a in args if "beta" in a] == pytest.approx(2 * floors)
-        assert args.count({}) == 1
+        own = [job for job in made if job["task"] == task and job["seed"] == 0]
+        for lr in EPSILON.RATES[task]:
+            args = [job["args"] for job in own if job["lr"] == lr]
+            assert [a["eps"] for a in args if "eps" in a] == pytest.approx(floors)
+            assert [LN2 / a["beta"] for a in args if "beta" in a] == pytest.approx(floors)
+        assert [job["lr"] for job in own if not job["args"]] == [EPSILON.RATES[task][0]]
     out = capsys.readouterr().out
-    assert "| cnn: smallest denominator | beta | Adam, lr 0.001 | Sadam, lr 0.001 | Sadam, lr 0.01 |" in out
-    assert "| 1e-08 | 6.93e+07 | 0.853 ± 0.001 | 0.853 ± 0.001 | 0.849 ± 0.001 |" in out
+    head = "| cnn: smallest denominator | beta | Adam, lr 0.001 | Adam, lr 0.01 | Sadam, lr 0.001 | Sadam, lr 0.01 |"
+    assert head in out
+    assert "| 1e-08 | 6.93e+07 | 0.853 ± 0.001 | 0.849 ± 0.001 | 0.853 ± 0.001 | 0.849 ± 0.001 |" in out
     assert (tmp_path / "epsilon.png").stat().st_size > 10_000
+
+
+def test_a_diverged_run_is_said_and_the_study_ends(made, tmp_path, capsys, monkeypatch):
+    train = TASKS.train
+
+    def diverging(job):
+        return train(job) | ({"train_loss": math.nan, "test_loss": math.inf} if job["optimizer"] == "sgd" else {})
+
+    monkeypatch.setattr(TASKS, "train", diverging)
+    run(COMPARISON, tmp_path, "vit")
+    assert "| S-Momentum | 0.01 (edge) | 84.2 ± 0.2 | diverged | diverged |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "comparison.json").read_text())["summary"]["vit"][0]["train_loss"]["mean"] is None
 
 
 def test_anisotropy(made, tmp_path, capsys):

@@ -23,7 +23,7 @@ def parser(name: str, doc: str | None, default: Sequence[str] = TASKS) -> argpar
     made = argparse.ArgumentParser(
         prog=f"sadam run studies/{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    help = f"{', '.join(TASKS)} (default: {', '.join(default)})"
+    help = f"{', '.join(TASKS)} (default: {', '.join(default)}); the tables and the figure are of these"
     made.add_argument("tasks", nargs="*", type=known, default=list(default), metavar="TASK", help=help)
     made.add_argument("--output_dir", type=Path, default=Path("runs") / name, help=f"where to (default: runs/{name})")
     made.add_argument("--workers", type=int, default=2, help="runs at a time, each on one thread (default: 2)")
@@ -67,6 +67,7 @@ class Runs:
         whole = text[: text.rfind("\n") + 1]  # a line cut short by a crash is not a run
         if whole != text:
             self.path.write_text(whole, encoding="utf-8")
+        self.used: set[str] = set()
         self.rows: dict[str, dict[str, Any]] = {}
         for row in map(json.loads, whole.splitlines()):
             self.rows[key(row["job"])] = row
@@ -76,6 +77,7 @@ class Runs:
         from joblib import Parallel, delayed
         from tqdm.auto import tqdm
 
+        self.used |= {key(job) for job in jobs}
         todo = [job for job in jobs if key(job) not in self.rows]
         rows: Iterable[Any] = Parallel(n_jobs=self.workers, return_as="generator_unordered")(
             delayed(train_job)(job) for job in todo
@@ -99,20 +101,23 @@ def key(job: Mapping[str, Any]) -> str:
 
 def finish(folder: Path, name: str, summary: Any, text: str, runs: Runs, scale: str) -> None:
     """Writes what the docs show: the summary with what it was made on as JSON, and the tables as Markdown."""
-    seconds = round(sum(row["seconds"] for row in runs.rows.values()))
+    seconds = round(sum(runs.rows[job]["seconds"] for job in runs.used))
     about = {"study": name, "scale": scale, "compute_seconds": seconds, "versions": versions(), "hardware": hardware()}
     write_json(folder / f"{name}.json", {**about, "summary": summary})
     write_text(folder / f"{name}.md", text + "\n")
 
 
 def mean(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and standard deviation of one number from each seed, with their count."""
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return {"mean": statistics.mean(values), "sd": deviation, "runs": len(values)}
+    """Mean and standard deviation of one number from each seed, with their count; NaN where a run diverged."""
+    whole = all(map(math.isfinite, values))
+    deviation = statistics.stdev(values) if whole and len(values) > 1 else math.nan
+    return {"mean": statistics.mean(values) if whole else math.nan, "sd": deviation, "runs": len(values)}
 
 
 def shown(found: Mapping[str, Any], digits: int = 3) -> str:
     """A mean with its deviation."""
+    if math.isnan(found["mean"]):
+        return "diverged"
     deviation = "" if math.isnan(found["sd"]) else f" ± {found['sd']:.{digits}f}"
     return f"{found['mean']:.{digits}f}{deviation}"
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy, pad, relu
 
 from sadam_integrations import alr, recipe
+from sadam_integrations.augment import shift_and_flip
 from sadam_integrations.factory import create_optimizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -151,9 +152,7 @@ def images(task: str, scale: str) -> tuple[dict[str, tuple[Any, Tensor]], Callab
     def batch(x: Tensor, index: Tensor, training: bool) -> tuple[Tensor, ...]:
         x = x[index.to(x.device)]
         if training and scale == "full":  # moved by up to 4 pixels, mirrored
-            top, left = (int(n) for n in torch.randint(9, (2,)))
-            x = pad(x, (4, 4, 4, 4))[:, :, top : top + 32, left : left + 32]
-            x = x.flip(3) if torch.rand(()) < 0.5 else x
+            x = shift_and_flip(x, np.random.default_rng(int(torch.randint(2**31, ()))), 4)
         return (x,)
 
     return {**splits, "test": prepare(*raw["test"])}, batch
@@ -175,9 +174,10 @@ def sentences(scale: str) -> tuple[dict[str, tuple[Any, Tensor]], Callable[..., 
             data = load_dataset("parquet", data_files=file, split="train").shuffle(seed=0)
         longest = 64 if scale == "full" else 32
         tokens = tokenizer(list(data["sentence"]), truncation=True, max_length=longest)["input_ids"]
-        order = range(len(tokens)) if split == "train" else sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-        labels = torch.tensor(data["label"])[list(order)]
-        splits[split] = ([tokens[i] for i in order], labels.to(DEVICE))
+        setting = SETTINGS["bert", scale]
+        order = list(range(len(tokens)))[: setting.train if split == "train" else setting.evaluate]
+        order = order if split == "train" else sorted(order, key=lambda i: len(tokens[i]))  # little padding
+        splits[split] = ([tokens[i] for i in order], torch.tensor(data["label"])[order].to(DEVICE))
 
     def batch(tokens: list[list[int]], index: Tensor, training: bool) -> tuple[Tensor, ...]:
         padded = tokenizer.pad({"input_ids": [tokens[i] for i in index.tolist()]}, return_tensors="pt")

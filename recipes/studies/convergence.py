@@ -33,6 +33,7 @@ R = ||x_0 - x*||, G^2 the largest mean square of a gradient and m the PL constan
 - PL: max(g D, 2 L mu_2^2 s^2 / (m mu_1)^2) / (g + T) with g = 2 (L / m) (mu_2 / mu_1)^2, so O((mu_2 / mu_1)^2 / T).
 
 Sadam's A-LR is in [1 / softplus(max |g|), beta / ln 2], Adam's in [1 / (max |g| + eps), 1 / eps], that of SGD is 1.
+For Sadam (auto) these are the betas at the end of the runs.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
 from sadam_integrations import PUBLISHED, Sadam, SAMSGrad, chosen_betas, plots
+from sadam_integrations.run_folder import lock, write_json
 from sadam_integrations.update import LN2, softplus
 
 SIZE = 24
@@ -279,6 +281,7 @@ def study(folder: Path, size: Size) -> None:
 
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
     path = folder / "cells.jsonl"
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # without a last line cut short
@@ -299,8 +302,7 @@ def study(folder: Path, size: Size) -> None:
     sweeps = [row for row in rows if row["optimizer"] == "beta"]
     print(table(cells, size), sweep_table(sweeps), sep="\n\n")
     result = {"steps": size.steps, "tuned_at": size.tuned_at, "fitted_from": size.fitted_from, "seeds": size.seeds}
-    text = json.dumps({**result, "cells": cells, "sweeps": sweeps}, indent=1)
-    (folder / "convergence.json").write_text(text + "\n")
+    write_json(folder / "convergence.json", {**result, "cells": cells, "sweeps": sweeps})
     labels = {name: condition.error for name, condition in CONDITIONS.items()}
     plots.convergence_figure(cells, size.steps, size.fitted_from, labels, folder / "convergence.png")
     plots.sharpness_figure(sweeps, cells, size.steps.index(size.tuned_at), labels, folder / "convergence_beta.png")
@@ -324,15 +326,15 @@ def summary(row: dict, size: Size) -> dict:
         **row,
         "slopes": slopes,
         "slope": statistics.mean(slopes),
-        "slope_se": statistics.stdev(slopes) / math.sqrt(len(slopes)),
+        "slope_se": error(slopes),
         "theory": CONDITIONS[row["condition"]].theory,
     }
 
 
 def table(cells: list[dict], size: Size) -> str:
     """A Markdown table of the rates."""
-    error = f"error at T = {size.steps[-1]:,}"
-    heads = ["problem", "noise", "optimizer", "lr", "slope", "bound's slope", error, "bound there"]
+    last = f"error at T = {size.steps[-1]:,}"
+    heads = ["problem", "noise", "optimizer", "lr", "slope", "bound's slope", last, "bound there"]
     lines = [heads, ["---"] * len(heads)]
     for c in cells:
         lr = f"{c['lr']:.2g}" + (" (edge)" if c["edge"] else "")
@@ -354,7 +356,12 @@ def sweep_table(sweeps: list[dict]) -> str:
 
 def mean(values: Sequence[float]) -> str:
     """Mean over the seeds and its standard error, two digits."""
-    return f"{statistics.mean(values):.2g} ± {statistics.stdev(values) / math.sqrt(len(values)):.1g}"
+    return f"{statistics.mean(values):.2g} ± {error(values):.1g}"
+
+
+def error(values: Sequence[float]) -> float:
+    """The standard error of a mean; NaN if a run diverged."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if all(map(math.isfinite, values)) else math.nan
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sadam_integrations import plots, recipe
 from sadam_integrations.cli.recipes import find, names
 from sadam_integrations.conversion import BETAS, FOLDER_FILES, Advice, advise
+from sadam_integrations.factory import OPTIMIZERS
 from sadam_integrations.run_folder import NOT_COMPARED, RecipeError, hardware, versions, write_json, write_text
 
 SUMMARY = "find beta and learning rate from a short AdamW run"
@@ -34,6 +35,8 @@ have AdamW's size. Writes calibrate.json, calibrate.png and a config, sadamw.yam
 
 OURS = {"optimizer": "--beta", "optimizer_args": "--beta", **dict.fromkeys(NOT_COMPARED, "--output_dir")}
 """Keys of a recipe that the verb sets itself, and what is given instead."""
+
+ADAM = ("adam", "adamw", "adamw_torch", "adamw_torch_fused")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +90,8 @@ def locate(args: argparse.Namespace) -> Path:
     if path.is_dir() and (path / "recipe.py").is_file():
         saved = [*path.glob("checkpoints/*.ckpt"), *path.glob("checkpoints/checkpoint-*/optimizer.pt")]
         if args.overrides or not saved or not made_with_adam(path):
+            if not any(word.startswith("--lr") for word in args.overrides) and (other := rate_of_another(path)):
+                raise RecipeError(f"{path} was trained with {other}: give --lr, a learning rate for AdamW")
             args.overrides = ["--config", str(path / "config.yaml"), *args.overrides]
             return path / "recipe.py"
         return max(saved, key=lambda file: file.stat().st_mtime)
@@ -101,13 +106,25 @@ def locate(args: argparse.Namespace) -> Path:
 
 def made_with_adam(folder: Path) -> bool:
     """Whether a run's config names Adam or AdamW."""
+    return config_of(folder).get("optimizer") in ADAM
+
+
+def rate_of_another(folder: Path) -> str | None:
+    """The optimizer of a run whose learning rate is not one for AdamW, as that of beta="auto" is."""
+    config = config_of(folder)
+    name, arguments = config.get("optimizer"), config.get("optimizer_args") or {}
+    auto = name in OPTIMIZERS and arguments.get("beta", "auto") == "auto"
+    return None if name is None or name in ADAM or auto else f"{name} {arguments or ''}".strip()
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """A run's config; empty if it cannot be read."""
     import yaml
 
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        return config["optimizer"] in ("adam", "adamw", "adamw_torch", "adamw_torch_fused")
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return False
+        return dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return {}
 
 
 def name_of(what: str, source: Path) -> str:
@@ -228,9 +245,16 @@ def yaml_config(
     else:
         keys["lr"] = float(f"{advice.lr:.6g}")
         why = [f"AdamW's learning rate is kept: the updates are {1 / row.lr_factor:.2f} times AdamW's size."]
+    if Path(recipe_name).name == "recipe.py":
+        keys["output_dir"] = f"{config.output_dir}_sadamw"  # the run's config, which comes first, names its own folder
+    words, rest = [], list(overrides)
+    while rest:
+        word = rest.pop(0)
+        own = [word, rest.pop(0)] if rest and not rest[0].startswith("--") and "=" not in word else [word]
+        words += [] if word.lstrip("-").partition("=")[0] in keys else own  # they would win over the file
     lines = [
         f"Advice of sadam calibrate, from {advice.optimizer_steps} steps",
-        f"Run:      {shlex.join(['sadam', 'run', recipe_name, *overrides, '--config', str(file)])}",
+        f"Run:      {shlex.join(['sadam', 'run', recipe_name, *words, '--config', str(file)])}",
         f"Trainer:  --optim sadamw --optim_args beta={beta or 'auto'} --learning_rate {keys['lr']:g}",
         *why,
         f"{share(row.floor_share)} of the coordinates are on the floor of the denominator.",

@@ -51,5 +51,7 @@ class ALRMonitor(*_callbacks()):  # type: ignore[misc]
         if not n or before // n == self._step // n or not (trainer.loggers or self._monitor.record):
             return
         metrics = self._monitor.measure(trainer.optimizers, pl_module, self._step, trainer.is_global_zero)
-        for logger in trainer.loggers:  # not pl_module.log: it counts from 0, and logs only at Lightning's own steps
+        for logger in (
+            trainer.loggers if metrics else ()
+        ):  # not pl_module.log: it counts from 0, and logs only at Lightning's own steps
             logger.log_metrics(metrics, step=self._step)

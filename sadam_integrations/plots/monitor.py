@@ -145,7 +145,7 @@ def _log_axis(axes: Any, summaries: Sequence[Mapping[str, Any]], keys: Iterable[
         below, above = math.ceil(low) - 1, math.floor(high) + 1
         low, high = (below, high) if low - below <= above - high else (low, above)
     axes.set_yscale("log")
-    axes.set_ylim(10**low, 10**high)
+    axes.set_ylim(10.0**low, 10.0**high)
     axes.yaxis.set_major_locator(LogLocator(numticks=7))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

@@ -76,6 +76,8 @@ def methods_figure(tasks: Mapping[str, Sequence[Mapping[str, Any]]], path: str |
             ours = any(word in row["method"] for word in ("Sadam", "SAMSGrad"))
             style: dict[str, Any] = {"color": ORANGE, "marker": "s"} if ours else {"color": BLUE, "marker": "o"}
             found = row["test_accuracy"]
+            if math.isnan(found["mean"]):
+                continue
             deviation = 0.0 if math.isnan(found["sd"]) else found["sd"]
             axes.errorbar(found["mean"], y, xerr=deviation, capsize=3, markersize=6, **style)
         label_axes(axes, f"{task}: test accuracy", "")
@@ -90,7 +92,7 @@ def floors_figure(tasks: Mapping[str, Sequence[Mapping[str, Any]]], path: str | 
 
     Args:
         tasks: From a task's name to its points ``{"series": "Adam, lr 0.001", "floor": 1e-8, "validation_accuracy":
-            [0.86, ...], "train_loss": [...]}``, one value a seed. A series whose floor is ``None`` is drawn as a band.
+            [0.86, ...], "train_loss": [...]}``, one value a seed. A series whose floor is ``None`` is drawn as a line.
         path: The PNG to write.
     """
     from matplotlib.figure import Figure
@@ -101,7 +103,7 @@ def floors_figure(tasks: Mapping[str, Sequence[Mapping[str, Any]]], path: str | 
         names = list(dict.fromkeys(point["series"] for point in points))
         metrics = {"validation_accuracy": "validation accuracy", "train_loss": "training loss"}
         for (metric, label), axes in zip(metrics.items(), row, strict=True):
-            for name, colour, marker, line in zip(names, COLOURS, "os^D", ("-", "--", "-.", ":"), strict=False):
+            for name, colour, marker, line in zip(names, COLOURS, "os^Dv", ("-", "-", "--", "--", ":"), strict=False):
                 curve = [point for point in points if point["series"] == name]
                 middles, deviations = zip(*(mean(point[metric]) for point in curve), strict=True)
                 if curve[0]["floor"] is None:
