@@ -27,9 +27,9 @@ from sadam_integrations import PUBLISHED, plots
 
 FIXED = {"beta": PUBLISHED["beta"], "bias_correction": PUBLISHED["bias_correction"]}
 METHODS: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {  # the CNN's rates are the paper's
-    "Adam": ("adam", {}, {"cnn": 1e-3, "vit": 1e-3, "bert": 3e-4}),
+    "Adam": ("adam", {}, {"cnn": 1e-3, "vit": 1e-3, "bert": 1e-4}),
     "Sadam (published)": ("sadam", FIXED, {"cnn": 1e-2, "vit": 3e-2, "bert": 1e-2}),
-    "Sadam (auto)": ("sadam", {}, {"cnn": 1e-3, "vit": 1e-3, "bert": 3e-4}),
+    "Sadam (auto)": ("sadam", {}, {"cnn": 1e-3, "vit": 1e-3, "bert": 1e-4}),
 }
 SEEDS = {"smoke": 1, "default": 2, "full": 5}
 MEASUREMENTS = 30
