@@ -362,6 +362,7 @@ def test_each_parameter_is_measured_at_most_log2_of_the_steps_plus_one_times(cls
 @either_backend
 def test_between_measurements_a_step_is_the_step_of_a_number(monkeypatch, foreach):
     calls = count_measurements(monkeypatch)
+    monkeypatch.setattr(calibration, "LOOKED_AT", 0)  # the one look at a number's floor
     auto, number = (torch.nn.Parameter(torch.randn(100)) for _ in range(2))
     a, b = Sadam([auto], foreach=foreach), Sadam([number], beta=50.0, foreach=foreach)
     measured = []
@@ -479,7 +480,7 @@ def test_chosen_betas_are_named_and_reading_them_changes_nothing():
 def test_chosen_betas_sees_through_wrappers():
     class Wrapper(torch.optim.Optimizer):
         def __init__(self, optimizer):
-            self.optimizer, self.defaults = optimizer, {}
+            self.optimizer, self.defaults, self.param_groups = optimizer, {}, optimizer.param_groups
 
     p = torch.nn.Parameter(torch.ones(2))
     assert chosen_betas(Wrapper(Wrapper(Sadam([p], beta=4.0)))) == {"0.0": 4.0}
