@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sadam_integrations import backends
 from sadam_integrations.update import BIAS_CORRECTIONS
 
 LARGEST_BETA = 1e38
@@ -25,7 +24,7 @@ def check(source: str, group: dict[str, Any]) -> None:
     Raises:
         ValueError: If a value is out of its range.
         TypeError: If a value has the wrong type.
-        RuntimeError: If ``fused`` is true.
+        RuntimeError: If ``fused`` is true together with ``foreach`` or ``differentiable``.
     """
     lr, betas, beta, weight_decay = group["lr"], group["betas"], group["beta"], group["weight_decay"]
     if isinstance(lr, Tensor):
@@ -79,8 +78,10 @@ def check(source: str, group: dict[str, Any]) -> None:
             raise TypeError(f"{source}: {flag}={group[flag]!r} is not True or False")
     if group["foreach"] and group["differentiable"]:
         raise ValueError(f"{source}: foreach=True cannot be differentiated through: leave foreach=None")
-    if group["fused"]:
-        raise RuntimeError(f"{source}: {backends.NO_FUSED}")
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError(f"{source}: fused=True and foreach=True exclude each other: leave one of them None")
+    if group["fused"] and group["differentiable"]:
+        raise RuntimeError(f"{source}: fused=True cannot be differentiated through: leave fused=None")
 
 
 def plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Iterable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from sadam_integrations import moments
-from sadam_integrations.update import LN2, widen
+from sadam_integrations import backends, moments
+from sadam_integrations.update import HALF, LN2, corrections, gradient, second_moment, widen
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,58 @@ def measure(histograms: Iterable[Tensor], corrections: Sequence[float]) -> list[
     quantiles = [_quantile(histogram.tolist()) for histogram in histograms]
     floors = [FLOOR * math.sqrt(q) * correction for q, correction in zip(quantiles, corrections, strict=True)]
     return [LN2 / floor if floor else 0.0 for floor in floors]
+
+
+def calibrate(
+    optimizer: Any,
+    group: dict[str, Any],
+    params: list[Tensor],
+    states: list[dict[str, Any]],
+    memo: dict[str, Any],
+    compiling: bool,
+) -> None:
+    """Measures beta for the parameters that are due, from the second moments that the coming update will use.
+
+    Reads the step counts, which may lie on a GPU, only when one of them can be due: at most one step passes at a call.
+    """
+    name = type(optimizer).__name__
+    if is_frozen():
+        warn_frozen(name, "CUDA graph capture")
+        return
+    betas = [state["beta"] for state in states]
+    left, last = memo.get("calibrate", (0, []))
+    if left and 0.0 not in betas and len(last) == len(params) and all(map(is_, last, params)):
+        memo["calibrate"] = left - 1, last
+        return
+    steps = [int(state["step"].item()) + 1 for state in states]
+    due = [i for i, p in enumerate(params) if p.numel() and is_due(steps[i], betas[i])]
+    if compiling:
+        due = [i for i in due if not betas[i]]
+        if min(steps) <= SETTLED:
+            warn_frozen(name, "torch.compile")
+    else:
+        memo["calibrate"] = min((1 << step.bit_length()) - step for step in steps) - 1, params
+    beta1, beta2 = group["betas"]
+
+    def second_moment_after(step: int, p: Tensor, grad: Tensor, v: Tensor, *v_max: Tensor) -> Tensor:
+        decay = {"weight_decay": group["weight_decay"], "decoupled": optimizer._decoupled}
+        grad = gradient(widen(p), widen(grad), maximize=group["maximize"], **decay)
+        new = second_moment(widen(v), grad, beta2)
+        if v.dtype in HALF:  # where the state underflows, this gradient stands for those that it could not hold
+            new = torch.where(new.to(v.dtype) == 0, (1 - beta2**step) * (grad * grad), new)
+        return torch.maximum(widen(v_max[0]), new) if v_max else new
+
+    if 1 in steps:
+        warn_flat(name, params)
+    factors = [float(corrections(steps[i], beta1, beta2, group["bias_correction"])[1]) for i in due]
+    keys = ("exp_avg_sq", "max_exp_avg_sq") if optimizer._amsgrad else ("exp_avg_sq",)
+    due_tensors = {i: [params[i], params[i].grad, *(states[i][key] for key in keys)] for i in due}
+    histograms = (
+        histogram(second_moment_after(steps[i], *piece) for piece in backends.pieces(tensors))
+        for i, tensors in due_tensors.items()
+    )
+    for i, beta in zip(due, measure(histograms, factors), strict=True):
+        states[i]["beta"] = beta or states[i]["beta"]
 
 
 def histogram(pieces: Iterable[Tensor]) -> Tensor:

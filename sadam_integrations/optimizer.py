@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from itertools import compress
+from operator import is_
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -13,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from sadam_integrations import backends, calibration, checkpoint
 from sadam_integrations.arguments import check, plain
-from sadam_integrations.update import HALF, BiasCorrection, corrections, gradient, second_moment, widen
+from sadam_integrations.update import BiasCorrection
 
 PUBLISHED: dict[str, Any] = {"lr": 1e-2, "beta": 50.0, "bias_correction": "outer"}
 """The setting of the paper's experiments and of the official code: ``Sadam(params, **PUBLISHED)``."""
@@ -47,8 +50,9 @@ class Sadam(Optimizer):
             "auto" needs "inner".
         maximize: Maximize the objective instead of minimizing it.
         foreach: Use torch's multi-tensor operators. None picks: yes on a GPU, no on a CPU, where they are slower.
-        fused: Use one fused kernel. None picks the fastest backend there is; this version has no kernel, so True is an
-            error.
+        fused: Use one kernel for all tensors of a group. None picks: where there is one for the parameters' device it
+            is the fastest backend; ``sadam env`` says. What a kernel does not serve (float64, complex, strided) takes
+            the for-loop, with the same result.
         capturable: Keep the step count on the parameter's device, so that the step can be captured in a CUDA graph.
         differentiable: Let autograd differentiate through the step; beta is a constant then.
 
@@ -56,7 +60,7 @@ class Sadam(Optimizer):
         ValueError: If a value is out of its range, "auto" meets a published form of the bias correction, or params is
             empty.
         TypeError: If a value has the wrong type.
-        RuntimeError: If ``fused=True``.
+        RuntimeError: If ``fused=True`` and there is no kernel for a parameter's device, or another flag forbids it.
 
     Example::
 
@@ -92,6 +96,11 @@ class Sadam(Optimizer):
         own = {key: plain(param_group[key]) for key in self.defaults if key in param_group}
         check(type(self).__name__, {**self.defaults, **own})
         super().add_param_group({**param_group, **own})
+        try:
+            backends.pick(self.param_groups[-1]["params"], self.param_groups[-1])
+        except RuntimeError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -113,25 +122,36 @@ class Sadam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        name = type(self).__name__
-        for group in self.param_groups:
-            if not torch.compiler.is_compiling():
-                check(f"{name}.step", group)
-            if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
-                raise RuntimeError(f"{name} does not support sparse gradients: use torch.optim.SparseAdam for them")
-
-        if not torch.compiler.is_compiling() and not self.state:
-            _check_in_use(name, self.param_groups, closure)
-        for group in self.param_groups:
+        compiling = torch.compiler.is_compiling()
+        checked = [None] * len(self.param_groups) if compiling else self._checked_gradients(closure)
+        memos = {} if compiling else _MEMOS.setdefault(self, {})
+        for i, (group, every) in enumerate(zip(self.param_groups, checked, strict=True)):
             with torch.set_grad_enabled(group["differentiable"]):
-                self._step_group(group)
-        if not torch.compiler.is_compiling():
+                self._step_group(group, every, memos.setdefault(i, {}), compiling)
+        if not compiling:
             calibration.warn_floor(self)
             if calibration.logger.isEnabledFor(logging.INFO):
                 calibration.log_settled(self)
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _checked_gradients(self, closure: Any) -> list[list[Tensor | None]]:
+        """The gradients of each group, after everything that may be wrong with a step has been looked at."""
+        name, checked = type(self).__name__, []
+        for group in self.param_groups:
+            check(f"{name}.step", group)
+            every = [p.grad for p in group["params"]]
+            if any(grad is not None and grad.is_sparse for grad in every):
+                raise RuntimeError(f"{name} does not support sparse gradients: use torch.optim.SparseAdam for them")
+            if group["fused"]:
+                backends.pick(group["params"], group)
+            checked.append(every)
+        if not self.state:
+            _check_in_use(name, self.param_groups, closure)
+        return checked
+
+    def _step_group(
+        self, group: dict[str, Any], every: list[Tensor | None] | None, memo: dict[str, Any], compiling: bool
+    ) -> None:
         params: list[Tensor] = []
         grads: list[Tensor] = []
         exp_avgs: list[Tensor] = []
@@ -139,13 +159,11 @@ class Sadam(Optimizer):
         max_exp_avg_sqs: list[Tensor | None] = []
         steps: list[Tensor] = []
         betas: list[float] = []
-        compiling = torch.compiler.is_compiling()
-        self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas, compiling)
+        self._init_group(
+            group, every, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas, memo, compiling
+        )
         if not params:
             return
-        for step in steps:
-            step += 1
-        as_tensors = group["capturable"] or group["differentiable"] or compiling
         run = backends.pick(params, group)
         run(
             params,
@@ -153,7 +171,7 @@ class Sadam(Optimizer):
             exp_avgs,
             exp_avg_sqs,
             max_exp_avg_sqs,
-            steps if as_tensors else [step.item() for step in steps],
+            steps,
             betas,
             lr=group["lr"],
             beta1=group["betas"][0],
@@ -163,79 +181,47 @@ class Sadam(Optimizer):
             bias_correction=group["bias_correction"],
             maximize=group["maximize"],
             gain=calibration.GAIN if group["beta"] == "auto" else 1.0,
+            capturable=group["capturable"],
+            memo=memo,
         )
 
     def _init_group(
-        self, group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas, compiling
+        self, group, every, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas, memo, compiling
     ) -> None:
         """Fills the lists with each parameter that has a gradient, its state and its beta.
 
         torch.compile runs a method of this name eagerly while it traces ``step``; ``compiling`` says that it does.
         """
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if "step" not in state:
-                on_device = group["capturable"] or group["fused"]
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            if self._amsgrad and "max_exp_avg_sq" not in state:
-                state["max_exp_avg_sq"] = state["exp_avg_sq"].clone()
-            if group["beta"] == "auto":
-                state.setdefault("beta", 0.0)
-            params.append(p)
-            grads.append(p.grad)
-            exp_avgs.append(state["exp_avg"])
-            exp_avg_sqs.append(state["exp_avg_sq"])
-            max_exp_avg_sqs.append(state["max_exp_avg_sq"] if self._amsgrad else None)
-            steps.append(state["step"])
-        if group["beta"] == "auto":
+        every = [p.grad for p in group["params"]] if every is None else every
+        given = [grad is not None for grad in every]
+        params += compress(group["params"], given)
+        grads += compress(every, given)
+        ordered = len(params) == len(self.state) and all(map(is_, params, self.state))  # spares the lookups
+        states = list(self.state.values()) if ordered else [self.state[p] for p in params]
+        auto = group["beta"] == "auto"
+        wanted = ("step", *(["max_exp_avg_sq"] if self._amsgrad else []), *(["beta"] if auto else []))
+        for key in wanted:
+            for p, state in zip(params, states, strict=True):
+                if key not in state:
+                    self._init_state(p, state, key, group)
+        if auto and params:
             with torch.no_grad():
-                self._calibrate(group, params, grads, compiling)
-            betas.extend(self.state[p]["beta"] for p in params)
+                calibration.calibrate(self, group, params, states, memo, compiling)
+        exp_avgs += [state["exp_avg"] for state in states]
+        exp_avg_sqs += [state["exp_avg_sq"] for state in states]
+        max_exp_avg_sqs += [state["max_exp_avg_sq"] for state in states] if self._amsgrad else [None] * len(states)
+        steps += [state["step"] for state in states]
+        betas += [state["beta"] for state in states] if auto else [group["beta"]] * len(states)
+
+    @staticmethod
+    def _init_state(p: Tensor, state: dict[str, Any], key: str, group: dict[str, Any]) -> None:
+        if key == "step":
+            on_device = group["capturable"] or group["fused"]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         else:
-            betas.extend([group["beta"]] * len(params))
-
-    def _calibrate(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], compiling: bool) -> None:
-        """Measures beta for the parameters that are due, from the second moments that the coming update will use."""
-        if not params:
-            return
-        states = [self.state[p] for p in params]
-        betas = [state["beta"] for state in states]
-        if calibration.is_frozen():
-            calibration.warn_frozen(type(self).__name__, "CUDA graph capture")
-            return
-        steps = [int(state["step"].item()) + 1 for state in states]
-        due = [i for i, p in enumerate(params) if p.numel() and calibration.is_due(steps[i], betas[i])]
-        if compiling:
-            due = [i for i in due if not betas[i]]
-            if min(steps) <= calibration.SETTLED:
-                calibration.warn_frozen(type(self).__name__, "torch.compile")
-        beta1, beta2 = group["betas"]
-
-        def second_moment_after(step: int, p: Tensor, grad: Tensor, v: Tensor, *v_max: Tensor) -> Tensor:
-            decay = {"weight_decay": group["weight_decay"], "decoupled": self._decoupled}
-            grad = gradient(widen(p), widen(grad), maximize=group["maximize"], **decay)
-            new = second_moment(widen(v), grad, beta2)
-            if v.dtype in HALF:  # where the state underflows, this gradient stands for those that it could not hold
-                new = torch.where(new.to(v.dtype) == 0, (1 - beta2**step) * (grad * grad), new)
-            return torch.maximum(widen(v_max[0]), new) if v_max else new
-
-        if 1 in steps:
-            calibration.warn_flat(type(self).__name__, params)
-        factors = [float(corrections(steps[i], beta1, beta2, group["bias_correction"])[1]) for i in due]
-        keys = ("exp_avg_sq", "max_exp_avg_sq") if self._amsgrad else ("exp_avg_sq",)
-        histograms = (
-            calibration.histogram(
-                second_moment_after(steps[i], *piece)
-                for piece in backends.pieces([params[i], grads[i], *(states[i][key] for key in keys)])
-            )
-            for i in due
-        )
-        for i, beta in zip(due, calibration.measure(histograms, factors), strict=True):
-            states[i]["beta"] = beta or states[i]["beta"]
+            state[key] = 0.0 if key == "beta" else state["exp_avg_sq"].clone()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a saved state, also one of ``torch.optim.Adam`` or ``AdamW``: their moments and steps are kept.
@@ -255,6 +241,7 @@ class Sadam(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Completes what an older version, an Adam checkpoint or a pickle may lack."""
         super().__setstate__(state)
+        _MEMOS.pop(self, None)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -364,6 +351,10 @@ class SAMSGradW(Sadam):
         differentiable: bool = False,
     ) -> None:
         Optimizer.__init__(self, params, _defaults(locals()))
+
+
+_MEMOS: WeakKeyDictionary[Optimizer, dict[int, dict[str, Any]]] = WeakKeyDictionary()
+"""What backends and calibration keep between the steps of each parameter group; outside of what is saved and copied."""
 
 
 def _defaults(arguments: dict[str, Any]) -> dict[str, Any]:

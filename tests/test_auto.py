@@ -16,7 +16,7 @@ from sadam_integrations.update import softplus
 
 CLASSES = [Sadam, SAMSGrad, SadamW, SAMSGradW]
 every_class = pytest.mark.parametrize("cls", CLASSES)
-either_backend = pytest.mark.parametrize("foreach", [False, True])
+every_backend = pytest.mark.parametrize("foreach", [False, True, None], ids=["for_loop", "foreach", "kernel"])
 
 
 def parameters(dtype=torch.float32):
@@ -51,7 +51,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("factor", [1024.0, 1 / 1024, 2.0**-40], ids=["1024", "1/1024", "2^-40"])
-@either_backend
+@every_backend
 @every_class
 def test_scaling_the_loss_by_a_power_of_two_changes_no_bit(cls, foreach, factor):
     runs = []
@@ -128,7 +128,7 @@ def test_the_spread_of_the_adaptive_rate_is_at_most_a_third_of_adams(cls, sigma)
 # 4. Per tensor
 
 
-@either_backend
+@every_backend
 @every_class
 def test_one_optimizer_for_all_parameters_equals_one_for_each(cls, foreach):
     together, apart = parameters(), parameters()
@@ -181,7 +181,7 @@ def test_flat_pieces_of_fsdp1_are_measured_and_that_is_said_once():
 # 5. Never fooled
 
 
-@either_backend
+@every_backend
 @every_class
 def test_a_zero_gradient_measures_nothing_and_moves_nothing(cls, foreach):
     params = parameters()
@@ -196,7 +196,7 @@ def test_a_zero_gradient_measures_nothing_and_moves_nothing(cls, foreach):
     assert all(beta > 0 for beta, p in zip(chosen_betas(optimizer).values(), params, strict=True) if p.numel())
 
 
-@either_backend
+@every_backend
 @every_class
 def test_rows_that_never_get_a_gradient_neither_move_nor_count(cls, foreach):
     results = []
@@ -214,7 +214,7 @@ def test_rows_that_never_get_a_gradient_neither_move_nor_count(cls, foreach):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@either_backend
+@every_backend
 @every_class
 def test_a_bad_gradient_spoils_what_it_would_spoil_in_adam_and_no_beta(cls, foreach, bad):
     params, adams = parameters(), parameters()
@@ -241,7 +241,7 @@ def test_a_gradient_of_nothing_but_nan_leaves_beta_unmeasured(cls):
 
 @pytest.mark.parametrize("size", [1e-6, 1e-4, 1.0, 1e3])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@either_backend
+@every_backend
 @every_class
 def test_underflow_and_overflow_in_half_precision(cls, foreach, dtype, size):
     half, full = torch.nn.Parameter(torch.zeros(100, dtype=dtype)), torch.nn.Parameter(torch.zeros(100))
@@ -259,7 +259,7 @@ def test_underflow_and_overflow_in_half_precision(cls, foreach, dtype, size):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@either_backend
+@every_backend
 @every_class
 def test_the_step_that_torchs_distributed_checkpoint_makes_is_not_measured(cls, foreach, weight_decay):
     params, untouched = parameters(), parameters()
@@ -283,7 +283,7 @@ def test_the_step_that_torchs_distributed_checkpoint_makes_is_not_measured(cls, 
 
 
 @pytest.mark.parametrize("until_then", ["no gradient", "zero gradient"])
-@either_backend
+@every_backend
 @every_class
 def test_a_first_gradient_at_step_1000_is_measured_there(cls, foreach, until_then):
     late, other = torch.nn.Parameter(torch.zeros(40)), torch.nn.Parameter(torch.zeros(3))
@@ -359,7 +359,7 @@ def test_each_parameter_is_measured_at_most_log2_of_the_steps_plus_one_times(cls
     assert len(params) * 3 <= sum(calls) <= len(params) * (math.log2(300) + 1)
 
 
-@either_backend
+@every_backend
 def test_between_measurements_a_step_is_the_step_of_a_number(monkeypatch, foreach):
     calls = count_measurements(monkeypatch)
     monkeypatch.setattr(calibration, "LOOKED_AT", 0)  # the one look at a number's floor
@@ -448,7 +448,7 @@ def test_graph_capture_reads_nothing_and_warns(monkeypatch):
 # 7. Saved, restored, readable
 
 
-@either_backend
+@every_backend
 @every_class
 def test_a_restored_run_continues_bit_for_bit(cls, foreach, tmp_path):
     params = parameters()

@@ -54,7 +54,8 @@ BAD = [
     ({"bias_correction": None}, ValueError, ["None", "inner, outer, none"]),
     ({"bias_correction": "outer"}, ValueError, ['beta="auto"', "'outer'", "give beta a number"]),
     ({"bias_correction": "none"}, ValueError, ['beta="auto"', "'none'", "give beta a number"]),
-    ({"fused": True}, RuntimeError, ["fused=True", "fused=None"]),
+    ({"fused": True, "foreach": True}, RuntimeError, ["fused=True and foreach=True", "None"]),
+    ({"fused": True, "differentiable": True}, RuntimeError, ["fused=True cannot be differentiated", "fused=None"]),
 ]
 bad_values = pytest.mark.parametrize(("bad", "error", "words"), BAD, ids=[str(row[0]) for row in BAD])
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from sadam_integrations import cli, recipe
+from sadam_integrations import backends, cli, recipe
 from sadam_integrations.cli import calibrate, compare, recipes, tables
 
 for module in ("jsonargparse", "matplotlib", "tqdm"):
@@ -98,7 +98,12 @@ def test_ls_reads_the_folder(capsys, tmp_path, monkeypatch):
 def test_env_says_what_is_in_use(capsys):
     code, out, _ = told(capsys, "env")
     assert code == 0
-    assert re.search(r"^torch +\d", out, re.MULTILINE) and re.search(r"^a step on cpu +for_loop: ", out, re.MULTILINE)
+    assert re.search(r"^torch +\d", out, re.MULTILINE)
+    step = re.search(r"^a step on a CPU +(.*)$", out, re.MULTILINE)[1]
+    if backends.missing("cpu"):
+        assert step.startswith("for-loop, ") and "rebuild" in step
+    else:
+        assert re.fullmatch(r"kernel \((avx512|avx2|neon|baseline), threads: \d+\)", step)
 
 
 def test_cp_gives_files_that_run(capsys, toy):

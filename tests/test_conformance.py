@@ -8,14 +8,15 @@ import itertools
 import pytest
 import torch
 
-from sadam_integrations import Sadam, SadamW, SAMSGrad, SAMSGradW
+from sadam_integrations import Sadam, SadamW, SAMSGrad, SAMSGradW, backends
 
 pytest.importorskip("expecttest")
 common = pytest.importorskip("torch.testing._internal.common_optimizers")
 
 INFO = {info.optim_cls: info for info in common.optim_db}
 LIKE = {Sadam: torch.optim.Adam, SAMSGrad: torch.optim.Adam, SadamW: torch.optim.AdamW, SAMSGradW: torch.optim.AdamW}
-ADAM_ONLY = ("eps", "amsgrad")  # dropped by name; inputs with tensor betas or fused=True are left out
+NO_KERNEL = backends.missing("cpu")
+ADAM_ONLY = ("eps", "amsgrad")  # dropped by name; inputs with tensor betas are left out
 
 
 def inputs(cls, dtype=torch.float32):
@@ -25,7 +26,7 @@ def inputs(cls, dtype=torch.float32):
         for config in INFO[LIKE[cls]].optim_inputs_func(device=device, dtype=dtype):
             kwargs = {k: v for k, v in config.kwargs.items() if k not in ADAM_ONLY}
             tensors = any(isinstance(rate, torch.Tensor) for rate in kwargs.get("betas", ()))
-            if not tensors and not kwargs.get("fused") and str(kwargs) not in seen:
+            if not tensors and str(kwargs) not in seen:
                 seen.append(str(kwargs))
                 yield kwargs
 
@@ -58,26 +59,27 @@ def train(model, x, optimizer, steps=4):
 
 def test_there_are_inputs_to_run():
     assert len(CASES) >= 4 * 2 * 5
-    assert any("capturable" in kwargs for _, kwargs, _ in CASES) and any("lr" in kwargs for _, kwargs, _ in CASES)
+    for key in ("capturable", "lr"):
+        assert any(key in kwargs for _, kwargs, _ in CASES)
 
 
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_for_loop_and_foreach_agree(cls, kwargs, beta, dtype):
+def test_the_backends_agree(cls, kwargs, beta, dtype):
     results = []
-    for foreach in (False, True):
-        if foreach and isinstance(kwargs.get("lr"), torch.Tensor) and not kwargs.get("capturable"):
-            return
+    for how in ({"foreach": False}, {"foreach": True}, {"fused": not NO_KERNEL or None}):
+        if how.get("foreach") and isinstance(kwargs.get("lr"), torch.Tensor) and not kwargs.get("capturable"):
+            continue
         model, x = model_and_input(dtype)
-        optimizer = build(cls, model.parameters(), kwargs, beta=beta, foreach=foreach)
+        optimizer = build(cls, model.parameters(), kwargs, beta=beta, **how)
         train(model, x, optimizer, 7)
         results.append((list(model.parameters()), optimizer.state_dict()["state"]))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other)
 
 
 @every_case
-@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("foreach", [False, True, None], ids=["for_loop", "foreach", "kernel"])
 def test_a_step_without_gradients_does_nothing(cls, kwargs, beta, foreach):
     params = [torch.nn.Parameter(torch.randn(2, 3)) for _ in range(2)]
     before = copy.deepcopy(params)
@@ -87,7 +89,7 @@ def test_a_step_without_gradients_does_nothing(cls, kwargs, beta, foreach):
 
 
 @every_case
-@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("foreach", [False, True, None], ids=["for_loop", "foreach", "kernel"])
 def test_a_step_with_zero_gradients_does_nothing_but_decay(cls, kwargs, beta, foreach):
     kwargs = {**kwargs, "weight_decay": 0.0}
     params = [torch.nn.Parameter(torch.randn(2, 3)) for _ in range(2)]
@@ -174,7 +176,7 @@ def test_torchs_schedulers(cls, beta, tensor):
 
 @every_class
 @pytest.mark.parametrize("beta", ["auto", 50])
-@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("foreach", [False, True, None], ids=["for_loop", "foreach", "kernel"])
 def test_complex_parameters_are_pairs_of_real_ones(cls, beta, foreach):
     torch.manual_seed(0)
     pairs = [torch.randn(5, 2, dtype=torch.float64) for _ in range(2)]

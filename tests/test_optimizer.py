@@ -31,7 +31,7 @@ FLAGS = {
 }
 
 every_class = pytest.mark.parametrize("cls", CLASSES)
-either_backend = pytest.mark.parametrize("foreach", [False, True])
+every_backend = pytest.mark.parametrize("foreach", [False, True, None], ids=["for_loop", "foreach", "kernel"])
 
 
 def make(dtype=torch.float32, seed=0):
@@ -75,7 +75,7 @@ def spec(params, steps, options, amsgrad, decoupled, gradients=set_gradients):
 
 
 @every_class
-@either_backend
+@every_backend
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("flags", FLAGS)
 def test_equals_the_spec(cls, foreach, dtype, flags):
@@ -195,7 +195,7 @@ def test_state_has_torch_adams_keys_and_types(cls, beta, capturable):
 # The step
 
 
-@either_backend
+@every_backend
 @pytest.mark.parametrize("beta", ["auto", 50.0])
 @every_class
 def test_a_rate_of_zero_moves_nothing(cls, beta, foreach):
@@ -227,7 +227,7 @@ def test_closure_runs_once_first_with_gradients_and_is_returned():
     assert optimizer.step() is None
 
 
-@either_backend
+@every_backend
 def test_per_group_values_are_honoured(foreach):
     groups = [make(seed=i) for i in range(3)]
     own = [{}, {"beta": 5.0, "lr": 0.1}, {"bias_correction": "outer", "weight_decay": 0.3, "maximize": True}]
@@ -247,7 +247,7 @@ def test_per_group_values_are_honoured(foreach):
         assert all(torch.equal(p, q) for p, q in zip(g, a, strict=True))
 
 
-@either_backend
+@every_backend
 @pytest.mark.parametrize("beta", ["auto", 50.0])
 def test_parameters_without_a_gradient_are_skipped(beta, foreach):
     a, b, frozen = (torch.nn.Parameter(torch.ones(3), requires_grad=grad) for grad in (True, True, False))
@@ -261,11 +261,11 @@ def test_parameters_without_a_gradient_are_skipped(beta, foreach):
     assert optimizer.state[a]["step"] == 2 and optimizer.state[b]["step"] == 1
 
 
-@either_backend
+@every_backend
 def test_lr_tensor_is_read_at_each_step_and_never_replaced(foreach):
     lr = torch.tensor(0.01)
     params, others = make(), make()
-    a = Sadam(params, lr=lr, beta=50.0, foreach=foreach, capturable=foreach)
+    a = Sadam(params, lr=lr, beta=50.0, foreach=foreach, capturable=bool(foreach))
     b = Sadam(others, lr=0.01, beta=50.0, foreach=foreach)
     for t in range(4):
         set_gradients(params, t), set_gradients(others, t)
@@ -330,7 +330,7 @@ def test_deepcopy_and_pickle_continue_identically(cls, beta, duplicate):
     assert all(p is not q and torch.equal(p, q) for p, q in zip(params, others, strict=True))
 
 
-@either_backend
+@every_backend
 @pytest.mark.parametrize("beta", ["auto", 50.0])
 @every_class
 def test_capturable_on_a_cpu_is_the_same_step(cls, beta, foreach):
@@ -378,7 +378,7 @@ def test_differentiable_takes_beta_auto_as_a_constant():
     assert g.grad.isfinite().all() and (g.grad != 0).all()
 
 
-@either_backend
+@every_backend
 @every_class
 def test_a_compiled_step_is_the_same_step(cls, foreach):
     torch._dynamo.reset()
@@ -414,11 +414,3 @@ def test_step_hooks_run():
     p.grad = torch.ones(1)
     optimizer.step()
     assert seen == ["before", "after"]
-
-
-def test_fused_and_foreach_default_to_the_for_loop_on_a_cpu(monkeypatch):
-    from sadam_integrations import backends
-
-    p = torch.nn.Parameter(torch.ones(1))
-    assert backends.pick([p], Sadam([p]).param_groups[0]) is backends.for_loop
-    assert backends.pick([p], Sadam([p], foreach=True).param_groups[0]) is backends.foreach

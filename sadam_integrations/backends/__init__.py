@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from sadam_integrations.backends import cpu
 from sadam_integrations.backends.for_loop import for_loop, pieces
 from sadam_integrations.backends.foreach import foreach
 from sadam_integrations.update import BiasCorrection
 
-__all__ = ["Backend", "for_loop", "foreach", "pick", "pieces"]
+__all__ = ["Backend", "cpu", "for_loop", "foreach", "missing", "pick", "pieces"]
 
 
 class Backend(Protocol):
@@ -23,8 +25,11 @@ class Backend(Protocol):
         exp_avgs: Their first moments.
         exp_avg_sqs: Their second moments.
         max_exp_avg_sqs: Their largest second moments, or all ``None`` for Sadam.
-        steps: Each parameter's step count, this step included: numbers, or 0-dim tensors under graph capture.
+        steps: Each parameter's step count before this step, 0-dim float32; the backend counts it up.
         betas: Each parameter's softplus sharpness; zero keeps the parameter where it is.
+        capturable: Nothing may be read from the device.
+        memo: What the backend keeps for this group from step to step. It may hold the optimizer's own tensors: it is
+            forgotten with the optimizer, and when a state is loaded.
     """
 
     def __call__(  # noqa: D102
@@ -34,7 +39,7 @@ class Backend(Protocol):
         exp_avgs: Sequence[Tensor],
         exp_avg_sqs: Sequence[Tensor],
         max_exp_avg_sqs: Sequence[Tensor | None],
-        steps: Sequence[float | Tensor],
+        steps: Sequence[Tensor],
         betas: Sequence[float],
         *,
         lr: float | Tensor,
@@ -45,23 +50,41 @@ class Backend(Protocol):
         bias_correction: BiasCorrection,
         maximize: bool,
         gain: float,
+        capturable: bool,
+        memo: dict[str, Any],
     ) -> None: ...
 
 
 def pick(params: Sequence[Tensor], group: dict[str, Any]) -> Backend:
     """The backend that a parameter group's flags ask for; where they leave it open, the fastest one there is.
 
-    On a GPU that is foreach, except for DTensors, for which older versions of torch lack one of its operators. On a CPU
-    it is the for-loop: foreach makes more passes over memory there and is slower.
+    On a CPU that is the kernel, or else the for-loop: foreach makes more passes over memory there and is slower. On a
+    GPU it is foreach, except for DTensors, for which older versions of torch lack one of its operators. What
+    torch.compile or autograd has to trace is never a kernel.
+
+    Raises:
+        RuntimeError: If ``fused=True`` and there is no kernel for a parameter's device.
     """
+    traced = group["differentiable"] or torch.compiler.is_compiling()
+    if group["fused"] and not traced:
+        for device in sorted({p.device.type for p in params}):
+            if reason := missing(device):
+                raise RuntimeError(
+                    f"fused=True: a parameter is on {device}, and {reason}. fused=None takes what there is"
+                )
+        return cpu.cpu
     if group["foreach"] is not None:
         return foreach if group["foreach"] else for_loop
+    if group["fused"] is None and not traced and params and params[0].is_cpu and not missing("cpu"):
+        return cpu.cpu
     batchable = not group["differentiable"] and (group["capturable"] or not isinstance(group["lr"], Tensor))
     plain = all(p.device.type in ("cuda", "xpu") and not hasattr(p, "to_local") for p in params)
     return foreach if batchable and plain else for_loop
 
 
-NO_FUSED = (
-    "fused=True asks for a fused kernel, and this version has none: leave fused=None, the fastest backend there is, "
-    "or set foreach=True"
-)
+def missing(device: str) -> str | None:
+    """Why there is no kernel for a type of device, or None if there is one."""
+    if device != "cpu":
+        return f"there is no kernel for {device}"
+    library = cpu.load()
+    return library if isinstance(library, str) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +21,16 @@ def for_loop(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor | None],
-    steps: Sequence[float | Tensor],
+    steps: Sequence[Tensor],
     betas: Sequence[float],
+    *,
+    capturable: bool,
+    memo: dict[str, Any] | None = None,
     **options,
 ) -> None:
     """See :class:`sadam_integrations.backends.Backend`."""
-    for row in zip(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas, strict=True):
+    counts = counted(steps, capturable)
+    for row in zip(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, counts, betas, strict=True):
         tensors, step, beta = [t for t in row[:5] if t is not None], row[5], row[6]
         for param, grad, *state in pieces(tensors):
             stored = [param, *state]
@@ -33,6 +38,14 @@ def for_loop(
             new = update(p, grad, m, v, v_max[0] if v_max else None, step=step, beta=beta, **options)
             for old, value in zip(stored, (t for t in new if t is not None), strict=True):
                 old.copy_(value)
+
+
+def counted(steps: Sequence[Tensor], capturable: bool) -> Sequence[float | Tensor]:
+    """Counts this step, and returns the counts: as numbers, unless nothing may be read from the device or traced."""
+    for step in steps:
+        step += 1
+    as_tensors = capturable or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return steps if as_tensors else [step.item() for step in steps]
 
 
 def pieces(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sadam_integrations.backends.for_loop import for_loop
+from sadam_integrations.backends.for_loop import counted, for_loop
 from sadam_integrations.update import HALF, corrections, widen
 
 
@@ -19,8 +19,10 @@ def foreach(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor | None],
-    steps: Sequence[float | Tensor],
+    steps: Sequence[Tensor],
     betas: Sequence[float],
+    *,
+    memo: dict[str, Any] | None = None,
     **options,
 ) -> None:
     """See :class:`sadam_integrations.backends.Backend`. A parameter whose beta is zero takes the for-loop."""
@@ -40,7 +42,7 @@ def _mesh(param: Tensor):
 
 def _batch(
     params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas,
-    *, lr, beta1, beta2, weight_decay, decoupled, bias_correction, maximize, gain,
+    *, lr, beta1, beta2, weight_decay, decoupled, bias_correction, maximize, gain, capturable,
 ):  # fmt: skip
     amsgrad = max_exp_avg_sqs[0] is not None
     stored = [params, exp_avgs, exp_avg_sqs] + ([max_exp_avg_sqs] if amsgrad else [])
@@ -60,7 +62,7 @@ def _batch(
     if amsgrad:
         torch._foreach_maximum_(v_max[0], v)
 
-    factors: Any = [corrections(step, beta1, beta2, bias_correction) for step in steps]
+    factors: Any = [corrections(step, beta1, beta2, bias_correction) for step in counted(steps, capturable)]
     denominators = torch._foreach_sqrt(v_max[0] if amsgrad else v)
     torch._foreach_mul_(denominators, [for_root for _, for_root in factors])
     caps = torch._foreach_mul(denominators, [-beta for beta in betas])

@@ -1,0 +1,235 @@
+"""One call into a C library for a whole parameter group on a CPU: `_cpu.c`, built with the package where it can be."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from array import array
+from collections.abc import Iterator, Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import accumulate, compress
+from operator import attrgetter, is_, not_
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sadam_integrations.backends.for_loop import for_loop
+from sadam_integrations.update import BIAS_CORRECTIONS
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PLAIN = {Tensor, torch.nn.Parameter}
+BLOCK = 64
+"""Elements in a unit of work, as in _cpu.c."""
+
+FACTORS = 11 * 4
+"""Bytes of its `Factors`."""
+
+REBUILD = (
+    "with GCC or Clang installed, rebuild it: pip install --no-cache-dir --force-reinstall --no-deps sadam-integrations"
+    " (or the path you install it from)"
+)
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "weight_decay", "gain")] + [
+        (name, ctypes.c_int32) for name in ("decoupled", "maximize", "amsgrad", "correction")
+    ]
+
+
+class _Columns(ctypes.Structure):
+    _fields_ = [("n", ctypes.c_int64)] + [
+        (name, ctypes.c_void_p)
+        for name in (
+            "numel", "first_block", "param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "beta",
+            "dtype", "factors",
+        )
+    ]  # fmt: skip
+
+
+class Library(NamedTuple):
+    """The C library as it is used on this machine."""
+
+    handle: ctypes.CDLL
+    parallel_for: ctypes.c_void_p | None
+    sets: dict[str, int]
+
+
+@functools.cache
+def load() -> Library | str:
+    """Loads the library once. Returns the reason as text if it cannot be used."""
+    files = [path for suffix in EXTENSION_SUFFIXES if (path := Path(__file__).with_name(f"_cpu{suffix}")).exists()]
+    if not files:
+        return f"the package was built without a C compiler; {REBUILD}"
+    try:
+        return open_library(files[0])
+    except OSError as error:
+        return f"{files[0].name} cannot be loaded ({error}); {REBUILD}"
+
+
+def open_library(path: str | Path) -> Library:
+    """Loads a build of the C source and asks which of its instruction sets this CPU has."""
+    handle = ctypes.CDLL(str(path))
+    handle.sadam_instruction_set.restype = ctypes.c_char_p
+    handle.sadam_step.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+    sets, index = {}, 0
+    while name := handle.sadam_instruction_set(index):
+        if handle.sadam_supports(index):
+            sets[name.decode()] = index
+        index += 1
+    return Library(handle, _parallel_for(), sets)
+
+
+def _parallel_for() -> ctypes.c_void_p | None:
+    """Torch's own thread pool, for any C code since torch 2.10; without it the kernel runs on one thread."""
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = Path(torch.__file__).with_name("lib") / name
+        if path.exists() and (function := getattr(ctypes.CDLL(str(path)), "torch_parallel_for", None)):
+            return ctypes.cast(function, ctypes.c_void_p)
+    return None
+
+
+_forced: list[str] = []
+
+
+def instruction_set() -> str | None:
+    """Which instruction set the kernel runs with: the best that this CPU has. None where there is no kernel."""
+    library = load()
+    if isinstance(library, str):
+        return None
+    return _forced[0] if _forced else list(library.sets)[-1]
+
+
+def force(name: str | None) -> None:
+    """Makes the kernel run with another instruction set of this CPU, to test or to measure it; None ends that.
+
+    Raises:
+        ValueError: If this CPU, or the library, does not have it.
+    """
+    library = load()
+    known = [] if isinstance(library, str) else list(library.sets)
+    if name is not None and name not in known:
+        raise ValueError(
+            f"instruction_set={name!r} is not one of those that can run here: {', '.join(known) or 'none'}"
+        )
+    _forced[:] = [] if name is None else [name]
+
+
+class _Table:
+    """The tensors of a group that the kernel serves: their addresses, and what these were found to be."""
+
+    def __init__(self, rows: _Rows) -> None:
+        self.given = rows.stored
+        self.served = [_fits(*row) for row in rows.each()]
+        columns = [list(compress(column, self.served)) for column in rows.columns]
+        self.tensors = [t for column in columns for t in column]
+        self.addresses = list(map(Tensor.data_ptr, self.tensors))
+        self.params = columns[0]
+        self.dtypes = [p.dtype for p in self.params]
+        self.numels = [p.numel() for p in self.params]
+        n = len(self.params)
+        blocks = accumulate((-(-numel // BLOCK) for numel in self.numels), initial=0)
+        p, m, v, *v_max, step = (array("Q", self.addresses[i * n : (i + 1) * n]) for i in range(len(columns)))
+        self.arrays: list[Any] = [
+            array("q", self.numels), array("q", blocks), p, array("Q"), m, v, *(v_max or [array("Q")]), step,
+            array("d"), array("B", (DTYPES[dtype] for dtype in self.dtypes)), array("B", bytes(FACTORS * n)),
+        ]  # fmt: skip
+        self.columns = _Columns(n, *(a.buffer_info()[0] for a in self.arrays))
+
+    def holds(self, rows: _Rows) -> bool:
+        """Whether these are the very tensors of the table, where they were, with gradients that fit."""
+        grads = list(compress(rows.grads, self.served))
+        return (
+            len(rows.stored) == len(self.given)
+            and all(map(is_, rows.stored, self.given))
+            and all(compress(rows.whole, self.served))
+            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+            and list(map(attrgetter("dtype"), grads)) == self.dtypes
+            and list(map(Tensor.numel, grads)) == self.numels
+            and all(map(Tensor.is_contiguous, grads))
+            and (all(self.served) or self.served == [_fits(*row) for row in rows.each()])
+        )
+
+
+class _Rows(NamedTuple):
+    """A group's tensors, a column each; of DTensors the local shards."""
+
+    grads: Sequence[Tensor]
+    columns: Sequence[Sequence[Tensor]]
+    stored: list[Tensor]
+    whole: Sequence[bool]
+
+    def each(self) -> Iterator[tuple]:
+        """The rows: whether the tensors belong together, the gradient, and the rest."""
+        return zip(self.whole, self.grads, *self.columns, strict=True)
+
+
+def _rows(grads: Sequence[Tensor], columns: Sequence[Sequence[Tensor]]) -> _Rows:
+    """``whole`` is whether a row's tensors are all plain, or all sharded alike."""
+    whole = [True] * len(grads)
+    if not {*map(type, grads), *map(type, columns[0])} <= PLAIN:
+        whole = [len({_sharding(t) for t in row}) == 1 for row in zip(grads, *columns[:-1], strict=True)]
+        grads, *columns = [[t.to_local() if hasattr(t, "to_local") else t for t in c] for c in (grads, *columns)]
+    return _Rows(grads, columns, [t for column in columns for t in column], whole)
+
+
+def _sharding(t: Any) -> Any:
+    if not hasattr(t, "to_local"):
+        return None if type(t) in PLAIN else object()
+    partial = any(p.is_partial() for p in t.placements)
+    return object() if partial else (t.device_mesh, tuple(t.placements))
+
+
+def _fits(whole: bool, grad: Tensor, param: Tensor, *rest: Tensor) -> bool:
+    *moments, step = rest
+    tensors = (param, grad, *moments)
+    return (
+        whole
+        and all(type(t) in PLAIN and t.is_cpu for t in (*tensors, step))
+        and param.dtype in DTYPES
+        and param.numel() > 0
+        and step.dtype == torch.float32
+        and all(t.dtype == param.dtype and t.numel() == param.numel() and t.is_contiguous() for t in tensors)
+    )
+
+
+def cpu(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor | None],
+    steps: Sequence[Tensor],
+    betas: Sequence[float],
+    *,
+    memo: dict[str, Any],
+    **options,
+) -> None:
+    """See :class:`sadam_integrations.backends.Backend`. What the kernel does not serve takes the for-loop, row by row.
+
+    It serves contiguous float32, bfloat16 and float16 tensors whose gradient and moments have the parameter's dtype.
+    """
+    library = load()
+    assert isinstance(library, Library), library
+    amsgrad = max_exp_avg_sqs[0] is not None
+    rows = _rows(grads, [params, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if amsgrad else []), steps])  # type: ignore[list-item]
+    table = memo.get("cpu")
+    if table is None or not table.holds(rows):
+        table = memo["cpu"] = _Table(rows)
+    if not all(table.served):
+        others = list(map(not_, table.served))
+        given = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas)
+        for_loop(*(list(compress(column, others)) for column in given), **options)  # type: ignore[arg-type]
+    if not table.params:
+        return
+    grad = array("Q", map(Tensor.data_ptr, compress(rows.grads, table.served)))
+    beta = array("d", compress(betas, table.served))
+    table.columns.grad, table.columns.beta = grad.buffer_info()[0], beta.buffer_info()[0]
+    settings = _Options(
+        *(float(options[name]) for name in ("lr", "beta1", "beta2", "weight_decay", "gain")),
+        options["decoupled"], options["maximize"], amsgrad, BIAS_CORRECTIONS.index(options["bias_correction"]),
+    )  # fmt: skip
+    which = library.sets[instruction_set()]  # type: ignore[index]
+    library.handle.sadam_step(ctypes.byref(table.columns), ctypes.byref(settings), which, library.parallel_for)
+    torch.autograd.graph.increment_version(table.params)
