@@ -5,7 +5,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help demo test test-all lint format wheel clean
+.PHONY: help demo test test-all test-gpu lint format wheel clean
 
 help: ## Lists the targets (what `make` alone does)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -18,6 +18,9 @@ test: lint ## Everything quick: lint, types, the tests that take seconds
 
 test-all: lint ## The long tests too: faults, many processes, other programs
 	$(PYTEST) -m ""
+
+test-gpu: .venv/.dev ## What has to be seen on a GPU; skipped where there is none
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_gpu.py -rs
 
 lint: .venv/.dev ## ruff, mypy and the small checks of .pre-commit-config.yaml
 	@if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then \

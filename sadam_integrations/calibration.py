@@ -98,6 +98,7 @@ def calibrate(
         if min(steps) <= SETTLED:
             warn_frozen(name, "torch.compile")
     else:
+        memo["settled"] = SETTLED in steps
         memo["calibrate"] = min((1 << step.bit_length()) - step for step in steps) - 1, params
     beta1, beta2 = group["betas"]
 

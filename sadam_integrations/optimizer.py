@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable
 from itertools import compress
@@ -50,9 +49,9 @@ class Sadam(Optimizer):
             "auto" needs "inner".
         maximize: Maximize the objective instead of minimizing it.
         foreach: Use torch's multi-tensor operators. None picks: yes on a GPU, no on a CPU, where they are slower.
-        fused: Use one kernel for all tensors of a group. None picks: where there is one for the parameters' device it
-            is the fastest backend; ``sadam env`` says. What a kernel does not serve (float64, complex, strided) takes
-            the for-loop, with the same result.
+        fused: Use one kernel for all tensors of a group: a C library on a CPU, where None takes it too if it is there
+            (``sadam env`` says), Triton on a GPU, where None does not yet. What a kernel does not serve (float64,
+            complex, strided) takes the for-loop, with the same result.
         capturable: Keep the step count on the parameter's device, so that the step can be captured in a CUDA graph.
         differentiable: Let autograd differentiate through the step; beta is a constant then.
 
@@ -130,7 +129,7 @@ class Sadam(Optimizer):
                 self._step_group(group, every, memos.setdefault(i, {}), compiling)
         if not compiling:
             calibration.warn_floor(self)
-            if calibration.logger.isEnabledFor(logging.INFO):
+            if any(memo.pop("settled", False) for memo in memos.values()):
                 calibration.log_settled(self)
         return loss
 

@@ -24,6 +24,7 @@ RUN_FILES = (
     "figure.png",
     "alr.jsonl",
     "alr.png",
+    "step_speed.png",
     "model",
     "checkpoints",
     "config.yaml",

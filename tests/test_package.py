@@ -185,7 +185,7 @@ def test_the_pins_cover_the_dependencies():
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+(; python_version .*)?", pin) for pin in pins)
     normal = {re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", pin)[0]).lower() for pin in pins}
     names = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in wanted}
-    assert names - {"sadam-integrations"} <= normal
+    assert names - {"sadam-integrations", "triton"} <= normal  # which torch's builds for GPUs pin themselves
 
 
 @pytest.fixture(scope="module")

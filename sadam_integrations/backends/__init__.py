@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sadam_integrations.backends import cpu
+from sadam_integrations.backends import cpu, triton
 from sadam_integrations.backends.for_loop import for_loop, pieces
 from sadam_integrations.backends.foreach import foreach
 from sadam_integrations.update import BiasCorrection
 
-__all__ = ["Backend", "cpu", "for_loop", "foreach", "missing", "pick", "pieces"]
+__all__ = ["Backend", "cpu", "for_loop", "foreach", "missing", "pick", "pieces", "triton"]
 
 
 class Backend(Protocol):
@@ -59,20 +59,22 @@ def pick(params: Sequence[Tensor], group: dict[str, Any]) -> Backend:
     """The backend that a parameter group's flags ask for; where they leave it open, the fastest one there is.
 
     On a CPU that is the kernel, or else the for-loop: foreach makes more passes over memory there and is slower. On a
-    GPU it is foreach, except for DTensors, for which older versions of torch lack one of its operators. What
-    torch.compile or autograd has to trace is never a kernel.
+    GPU it is foreach, except for DTensors, for which older versions of torch lack one of its operators; the Triton
+    kernel has not been run on a GPU yet and only ``fused=True`` takes it. What torch.compile or autograd has to trace
+    is never a kernel.
 
     Raises:
         RuntimeError: If ``fused=True`` and there is no kernel for a parameter's device.
     """
     traced = group["differentiable"] or torch.compiler.is_compiling()
     if group["fused"] and not traced:
-        for device in sorted({p.device.type for p in params}):
+        devices = {p.device.type for p in params}
+        for device in sorted(devices):
             if reason := missing(device):
                 raise RuntimeError(
                     f"fused=True: a parameter is on {device}, and {reason}. fused=None takes what there is"
                 )
-        return cpu.cpu
+        return triton.triton if "cuda" in devices else cpu.cpu
     if group["foreach"] is not None:
         return foreach if group["foreach"] else for_loop
     if group["fused"] is None and not traced and params and params[0].is_cpu and not missing("cpu"):
@@ -84,7 +86,7 @@ def pick(params: Sequence[Tensor], group: dict[str, Any]) -> Backend:
 
 def missing(device: str) -> str | None:
     """Why there is no kernel for a type of device, or None if there is one."""
-    if device != "cpu":
-        return f"there is no kernel for {device}"
-    library = cpu.load()
-    return library if isinstance(library, str) else None
+    if device == "cpu":
+        library = cpu.load()
+        return library if isinstance(library, str) else None
+    return triton.unavailable() if device == "cuda" else f"there is no kernel for {device}"

@@ -18,10 +18,10 @@
 
 typedef struct {
     double lr, beta1, beta2, weight_decay, gain;
-    int32_t decoupled, maximize, amsgrad, correction;
+    int32_t decoupled, maximize, amsgrad, correction, bare;
 } Options;
 
-enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { FLOAT32, BFLOAT16, FLOAT16, BARE }; /* BARE: float32 memory moved as in a step, without its arithmetic */
 enum { INNER, OUTER, NONE };
 
 /* The tensors of a group, a column each; n rows. */
@@ -59,7 +59,7 @@ INLINE uint32_t to_bits(float x) {
 }
 
 INLINE float load(const void *from, int64_t i, int dtype) {
-    if (dtype == FLOAT32) return ((const float *)from)[i];
+    if (dtype == FLOAT32 || dtype == BARE) return ((const float *)from)[i];
     uint32_t half = ((const uint16_t *)from)[i];
     if (dtype == BFLOAT16) return from_bits(half << 16);
     /* half: shift the exponent into place, rescale; infinities and NaN get the exponent of float's */
@@ -70,7 +70,7 @@ INLINE float load(const void *from, int64_t i, int dtype) {
 }
 
 INLINE void store(void *to, int64_t i, float x, int dtype) {
-    if (dtype == FLOAT32) {
+    if (dtype == FLOAT32 || dtype == BARE) {
         ((float *)to)[i] = x;
         return;
     }
@@ -113,6 +113,13 @@ INLINE void block(void *p, const void *g, void *m, void *v, void *v_max, Constan
 #pragma GCC ivdep
     for (int64_t i = 0; i < BLOCK; i++) {
         float param = load(p, i, dtype), grad = load(g, i, dtype);
+        if (dtype == BARE) {
+            store(p, i, param + grad, dtype);
+            store(m, i, load(m, i, dtype) + grad, dtype);
+            store(v, i, load(v, i, dtype) + grad, dtype);
+            if (amsgrad) store(v_max, i, load(v_max, i, dtype) + grad, dtype);
+            continue;
+        }
         if (coupled) grad = param * c.coupled + grad;
         float mean = load(m, i, dtype) * c.beta1 + c.one_minus_beta1 * grad;
         float square = load(v, i, dtype) * c.beta2 + c.one_minus_beta2 * grad * grad;
@@ -134,7 +141,7 @@ INLINE void block(void *p, const void *g, void *m, void *v, void *v_max, Constan
    threads or processes share a tensor. */
 INLINE void blocks(char *p, const char *g, char *m, char *v, char *v_max, int64_t start, int64_t stop, Constants c,
                    Factors f, int dtype, int amsgrad, int coupled) {
-    const int64_t size = dtype == FLOAT32 ? 4 : 2;
+    const int64_t size = dtype == FLOAT32 || dtype == BARE ? 4 : 2;
     int64_t at = start * size;
     for (const int64_t last = (stop - BLOCK) * size; at <= last; at += BLOCK * size) {
         for (int64_t line = at + AHEAD * size; line < at + (AHEAD + BLOCK) * size; line += 64) {
@@ -168,7 +175,8 @@ INLINE void blocks(char *p, const char *g, char *m, char *v, char *v_max, int64_
                             Constants c, Factors f, int dtype, int amsgrad, int coupled) {                     \
         if (dtype == FLOAT32) { VARIANTS(FLOAT32) }                                                            \
         else if (dtype == BFLOAT16) { VARIANTS(BFLOAT16) }                                                     \
-        else { VARIANTS(FLOAT16) }                                                                             \
+        else if (dtype == FLOAT16) { VARIANTS(FLOAT16) }                                                       \
+        else { VARIANTS(BARE) }                                                                                \
     }
 
 typedef void Kernel(char *, const char *, char *, char *, char *, int64_t, int64_t, Constants, Factors, int, int, int);
@@ -207,7 +215,7 @@ typedef struct {
     const Table *table;
     Kernel *kernel;
     Constants constants;
-    int amsgrad, coupled;
+    int amsgrad, coupled, bare;
 } Work;
 
 static void run(int64_t begin, int64_t end, void *context) {
@@ -225,8 +233,8 @@ static void run(int64_t begin, int64_t end, void *context) {
         if (stop > t->numel[k]) stop = t->numel[k];
         if (start >= stop) continue;
         w->kernel(t->param[k], t->grad[k], t->exp_avg[k], t->exp_avg_sq[k],
-                  w->amsgrad ? t->max_exp_avg_sq[k] : 0, start, stop, w->constants, t->factors[k], t->dtype[k],
-                  w->amsgrad, w->coupled);
+                  w->amsgrad ? t->max_exp_avg_sq[k] : 0, start, stop, w->constants, t->factors[k],
+                  w->bare ? BARE : t->dtype[k], w->amsgrad, w->coupled);
     }
 }
 
@@ -239,7 +247,7 @@ EXPORT int sadam_step(const Table *t, const Options *o, int instruction_set, Par
         .shrink = o->decoupled ? (float)(1 - o->lr * o->weight_decay) : 1.0f,
         .beta1 = (float)o->beta1, .one_minus_beta1 = (float)(o->maximize ? o->beta1 - 1 : 1 - o->beta1),
         .beta2 = (float)o->beta2, .one_minus_beta2 = (float)(1 - o->beta2),
-    }, o->amsgrad, !o->decoupled && o->weight_decay != 0};
+    }, o->amsgrad, !o->decoupled && o->weight_decay != 0, o->bare};
 #if defined(__x86_64__)
     if (instruction_set == 1) work.kernel = avx2;
     if (instruction_set == 2) work.kernel = avx512;

@@ -6,6 +6,7 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from itertools import accumulate, compress
 from operator import attrgetter, is_, not_
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 from sadam_integrations.backends.for_loop import for_loop
+from sadam_integrations.backends.rows import PLAIN, Rows, rows_of
 from sadam_integrations.update import BIAS_CORRECTIONS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-PLAIN = {Tensor, torch.nn.Parameter}
 BLOCK = 64
 """Elements in a unit of work, as in _cpu.c."""
 
@@ -34,7 +35,7 @@ REBUILD = (
 
 class _Options(ctypes.Structure):
     _fields_ = [(name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "weight_decay", "gain")] + [
-        (name, ctypes.c_int32) for name in ("decoupled", "maximize", "amsgrad", "correction")
+        (name, ctypes.c_int32) for name in ("decoupled", "maximize", "amsgrad", "correction", "bare")
     ]
 
 
@@ -90,7 +91,7 @@ def _parallel_for() -> ctypes.c_void_p | None:
     return None
 
 
-_forced: list[str] = []
+_measuring: dict[str, Any] = {"instruction_set": None, "bare": False}
 
 
 def instruction_set() -> str | None:
@@ -98,7 +99,7 @@ def instruction_set() -> str | None:
     library = load()
     if isinstance(library, str):
         return None
-    return _forced[0] if _forced else list(library.sets)[-1]
+    return _measuring["instruction_set"] or list(library.sets)[-1]
 
 
 def force(name: str | None) -> None:
@@ -113,18 +114,27 @@ def force(name: str | None) -> None:
         raise ValueError(
             f"instruction_set={name!r} is not one of those that can run here: {', '.join(known) or 'none'}"
         )
-    _forced[:] = [] if name is None else [name]
+    _measuring["instruction_set"] = name
+
+
+@contextmanager
+def bare() -> Iterator[None]:
+    """Within this, a step of float32 tensors moves the memory of a step and computes nothing of use: to time that."""
+    _measuring["bare"] = True
+    try:
+        yield
+    finally:
+        _measuring["bare"] = False
 
 
 class _Table:
     """The tensors of a group that the kernel serves: their addresses, and what these were found to be."""
 
-    def __init__(self, rows: _Rows) -> None:
+    def __init__(self, rows: Rows) -> None:
         self.given = rows.stored
         self.served = [_fits(*row) for row in rows.each()]
         columns = [list(compress(column, self.served)) for column in rows.columns]
-        self.tensors = [t for column in columns for t in column]
-        self.addresses = list(map(Tensor.data_ptr, self.tensors))
+        self.addresses = rows.addresses(self.served)
         self.params = columns[0]
         self.dtypes = [p.dtype for p in self.params]
         self.numels = [p.numel() for p in self.params]
@@ -137,48 +147,19 @@ class _Table:
         ]  # fmt: skip
         self.columns = _Columns(n, *(a.buffer_info()[0] for a in self.arrays))
 
-    def holds(self, rows: _Rows) -> bool:
+    def holds(self, rows: Rows) -> bool:
         """Whether these are the very tensors of the table, where they were, with gradients that fit."""
         grads = list(compress(rows.grads, self.served))
         return (
             len(rows.stored) == len(self.given)
             and all(map(is_, rows.stored, self.given))
             and all(compress(rows.whole, self.served))
-            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+            and rows.addresses(self.served) == self.addresses
             and list(map(attrgetter("dtype"), grads)) == self.dtypes
             and list(map(Tensor.numel, grads)) == self.numels
             and all(map(Tensor.is_contiguous, grads))
             and (all(self.served) or self.served == [_fits(*row) for row in rows.each()])
         )
-
-
-class _Rows(NamedTuple):
-    """A group's tensors, a column each; of DTensors the local shards."""
-
-    grads: Sequence[Tensor]
-    columns: Sequence[Sequence[Tensor]]
-    stored: list[Tensor]
-    whole: Sequence[bool]
-
-    def each(self) -> Iterator[tuple]:
-        """The rows: whether the tensors belong together, the gradient, and the rest."""
-        return zip(self.whole, self.grads, *self.columns, strict=True)
-
-
-def _rows(grads: Sequence[Tensor], columns: Sequence[Sequence[Tensor]]) -> _Rows:
-    """``whole`` is whether a row's tensors are all plain, or all sharded alike."""
-    whole = [True] * len(grads)
-    if not {*map(type, grads), *map(type, columns[0])} <= PLAIN:
-        whole = [len({_sharding(t) for t in row}) == 1 for row in zip(grads, *columns[:-1], strict=True)]
-        grads, *columns = [[t.to_local() if hasattr(t, "to_local") else t for t in c] for c in (grads, *columns)]
-    return _Rows(grads, columns, [t for column in columns for t in column], whole)
-
-
-def _sharding(t: Any) -> Any:
-    if not hasattr(t, "to_local"):
-        return None if type(t) in PLAIN else object()
-    partial = any(p.is_partial() for p in t.placements)
-    return object() if partial else (t.device_mesh, tuple(t.placements))
 
 
 def _fits(whole: bool, grad: Tensor, param: Tensor, *rest: Tensor) -> bool:
@@ -213,7 +194,7 @@ def cpu(
     library = load()
     assert isinstance(library, Library), library
     amsgrad = max_exp_avg_sqs[0] is not None
-    rows = _rows(grads, [params, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if amsgrad else []), steps])  # type: ignore[list-item]
+    rows = rows_of(grads, [params, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if amsgrad else []), steps])  # type: ignore[list-item]
     table = memo.get("cpu")
     if table is None or not table.holds(rows):
         table = memo["cpu"] = _Table(rows)
@@ -229,6 +210,7 @@ def cpu(
     settings = _Options(
         *(float(options[name]) for name in ("lr", "beta1", "beta2", "weight_decay", "gain")),
         options["decoupled"], options["maximize"], amsgrad, BIAS_CORRECTIONS.index(options["bias_correction"]),
+        _measuring["bare"],
     )  # fmt: skip
     which = library.sets[instruction_set()]  # type: ignore[index]
     library.handle.sadam_step(ctypes.byref(table.columns), ctypes.byref(settings), which, library.parallel_for)

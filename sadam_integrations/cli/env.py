@@ -32,6 +32,8 @@ def go(args: argparse.Namespace) -> int:
     other = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     print(f"{'GPU':20}{', '.join(machine['gpus']) or other or 'none'}")
     print(f"{'a step on a CPU':20}{_on_cpu(machine['threads'])}")
+    triton = backends.missing("cuda") or "fused=True takes it"
+    print(f"{'a step on a GPU':20}foreach; the Triton kernel is untested on a GPU and off by default ({triton})")
     return 0
 
 
