@@ -1,7 +1,7 @@
 """How long a step of Sadam and SAMSGrad takes beside AdamW and its kin: time, bandwidth and memory, on CPU or GPU.
 
-Nothing is trained: the tensors of BERT-base (199, 109.5 million parameters), of ViT-S/16 (200, 22 million) and 2,000
-of 1,000 elements get fixed random gradients, and every optimizer takes steps on them.
+Every optimizer takes steps on the tensors of BERT-base (199, 109.5 million parameters), of ViT-S/16 (200, 22 million)
+and on 2,000 of 1,000 elements, with fixed random gradients. What we measured is in docs/speed.md.
 
 Run it:
   sadam run step_speed                              everything, in runs/step_speed
@@ -28,10 +28,7 @@ How to read it:
   first ms     Building the optimizer and its first step, which allocates the state, loads a kernel, or compiles.
 
 Of the peers, bitsandbytes, torchao, flashoptim, heavyball and optimi are measured if they are installed and run on the
-device. With --compiled come torch.compile'd steps and the libraries that compile theirs; a first step may then take
-minutes. Measure on an idle machine: timings of a busy one scatter, and the quartiles show it.
-
-The folder holds result.json (with the CPU kernel's instruction set), step_speed.png, config.yaml, log.txt, recipe.py.
+device; --compiled adds torch.compile'd steps and the libraries that compile theirs. Measure on an idle machine.
 """
 
 from __future__ import annotations
@@ -151,22 +148,29 @@ def stored(value: Any) -> int:
     return sum(map(stored, value)) if isinstance(value, (list, tuple)) else 0
 
 
-def traffic(params: Sequence[Tensor], state: dict[Any, Any]) -> int:
+def traffic(params: Sequence[Tensor], optimizer: Any) -> int:
     """Bytes that a step has to move: parameters and state read and written, gradients read."""
-    return 3 * stored(list(params)) + 2 * stored(dict(state))
+    return 3 * stored(list(params)) + 2 * stored(dict(optimizer.state))
 
 
-def timed(step: Callable[[], Any], cuda: bool) -> dict[str, float]:
+def restore(params: Sequence[Tensor]) -> None:
+    """Gives parameters their gradients back, which some optimizers drop after a step."""
+    for p in params:
+        p.grad = p.gradient  # type: ignore[attr-defined]
+
+
+def timed(step: Callable[[], Any], params: Sequence[Tensor]) -> dict[str, float]:
     """Seconds that a step takes: by the wall clock and, on a GPU, in a second step, by events behind a busy queue."""
-    if not cuda:
-        start = time.perf_counter()
-        step()
-        return {"wall": time.perf_counter() - start}
-    torch.cuda.synchronize()
+    restore(params)
+    finish = torch.cuda.synchronize if params[0].is_cuda else (lambda: None)
+    finish()
     start = time.perf_counter()
     step()
-    torch.cuda.synchronize()
+    finish()
     wall = time.perf_counter() - start
+    if not params[0].is_cuda:
+        return {"wall": wall}
+    restore(params)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     torch.cuda._sleep(int(4e9 * wall))  # in cycles: longer than the host needs to queue the step
     events[0].record()
@@ -176,21 +180,21 @@ def timed(step: Callable[[], Any], cuda: bool) -> dict[str, float]:
     return {"wall": wall, "events": events[0].elapsed_time(events[1]) / 1e3}
 
 
-def extra_memory(step: Callable[[], Any], cuda: bool) -> float | None:
+def extra_memory(step: Callable[[], Any], params: Sequence[Tensor]) -> float | None:
     """The most bytes in use during a step above those before it; None where the system does not tell."""
-    if cuda:
+    restore(params)
+    if params[0].is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # hands freed memory back, so that its use is seen
-        ctypes.CDLL(None).malloc_trim(0)
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # hands freed memory back, so that its use is seen
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = resident("VmRSS")
         step()
         return max(0, resident("VmHWM") - before)
-    except OSError:
+    except (AttributeError, OSError, TypeError):
         return None
 
 
@@ -202,6 +206,7 @@ def resident(key: str) -> int:
 
 def prepare(contestant: Contestant, params: Sequence[Tensor]) -> tuple[Any, Callable[[], Any], float]:
     """A fresh optimizer after its first step, what takes a step, and the seconds that both took."""
+    restore(params)
     start = time.perf_counter()
     optimizer = create_optimizer(contestant.optimizer, list(params), lr=1e-4, weight_decay=1e-2, **contestant.arguments)
     step: Callable[[], Any] = optimizer.step
@@ -226,17 +231,15 @@ def settle(contestant: Contestant, optimizer: Any) -> None:
 
 def measure(contestant: Contestant, params: Sequence[Tensor], rounds: int, floor: dict[str, float]) -> list[dict]:
     """Measures an optimizer against its baseline and returns a row for each of the clocks."""
-    cuda = params[0].is_cuda
     optimizer, own, first = prepare(contestant, params)
     _, other, _ = prepare(CONTESTANTS[contestant.baseline], params)
-    chance = random.Random(0)
     times: dict[Any, list[dict[str, float]]] = {own: [], other: []}
     for i in range(WARM_UP + rounds):
-        for step in chance.sample([own, other], 2):
-            found = timed(step, cuda)
+        for step in random.sample([own, other], 2):
+            found = timed(step, params)
             if i >= WARM_UP:
                 times[step].append(found)
-    extra, moved = extra_memory(own, cuda), traffic(params, optimizer.state)
+    extra, moved = extra_memory(own, params), traffic(params, optimizer)
     rows = []
     for clock in times[own][0]:
         row = paired(*([found[clock] for found in times[step]] for step in (own, other)))
@@ -255,9 +258,9 @@ def floor_bandwidth(params: Sequence[Tensor], rounds: int) -> dict[str, float]:
     step, moved = (lambda: a.copy_(b)) if cuda else (lambda: a.add_(b)), elements * (8 if cuda else 12)
     if not cuda and instruction_set():
         optimizer, step, _ = prepare(CONTESTANTS["SadamW"], params)
-        moved = traffic(params, optimizer.state)
+        moved = traffic(params, optimizer)
     with contextlib.nullcontext() if cuda else bare():
-        found = [timed(step, cuda) for _ in range(WARM_UP + rounds)]
+        found = [timed(step, params) for _ in range(WARM_UP + rounds)]
     return {clock: moved / 1e9 / statistics.median(one[clock] for one in found[WARM_UP:]) for clock in found[0]}
 
 
@@ -266,7 +269,8 @@ def tensors(shapes: Sequence[tuple[int, ...]], device: str) -> list[Tensor]:
     torch.manual_seed(0)
     params = [torch.randn(shape, device=device).mul_(0.02).requires_grad_() for shape in shapes]
     for p in params:
-        p.grad = torch.randn_like(p, requires_grad=False).mul_(1e-3)
+        p.gradient = torch.randn_like(p, requires_grad=False).mul_(1e-3)  # type: ignore[attr-defined]
+    restore(params)
     return params
 
 
@@ -298,8 +302,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for workload, setting in dict.fromkeys((row["workload"], row["setting"]) for row in rows):
         lines += ["", f"| {' | '.join([f'{workload}, {setting}', *heads])} |", f"|{' --- |' * (1 + len(heads))}"]
         for row in (row for row in rows if (row["workload"], row["setting"]) == (workload, setting)):
-            low, high = row["quartiles"]
             extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.1f}"
+            low, high = row["quartiles"]
             cells = [row["optimizer"], f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}", row["baseline"]]
             cells += [f"{row['milliseconds']:.3g}", f"{row['bytes_per_parameter']:.1f}", f"{row['gb_per_s']:.3g}"]
             cells += [f"{row['share_of_floor']:.0%}", extra, f"{row['first_step_milliseconds']:.1f}"]
@@ -358,11 +362,10 @@ def run(config: Config) -> dict[str, Any]:
         chosen, skipped = taking_part(config)
         rows = benchmark(config, device, chosen, skipped)
         used = instruction_set() if device == "cpu" else None
-    recipe.say(f"{table(rows)}\n\ninstruction set of the CPU kernel: {used or 'none, it is not in use'}")
+    recipe.say(f"{table(rows)}\n\ninstruction set of the CPU kernel: {used or 'none, it is not in use'}\n-> {folder}")
     speed_figure(rows, folder / "step_speed.png")
     peers = {found.name: found.version for found in importlib.metadata.distributions() if found.name in LIBRARIES}
     metrics = {"device": device, "instruction_set": used, "skipped": skipped, "peers": peers}
-    recipe.say(f"-> {folder}")
     return recipe.write_result(folder, "step_speed", config, metrics, {"steps": rows}, time.time() - start)
 
 
@@ -370,19 +373,17 @@ def parse(argv: Sequence[str] | None) -> Config:
     """Reads the command line."""
     about: dict[str, Any] = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("sadam run step_speed", argument_default=argparse.SUPPRESS, **about)
-    switch: dict[str, Any] = {"type": json.loads, "choices": [True, False], "nargs": "?", "const": True}
+    switch: Any = {"type": json.loads, "choices": [True, False], "nargs": "?", "const": True, "metavar": "true"}
     several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
     parser.add_argument("--output_dir", help="folder of the run (default: runs/step_speed)")
-    parser.add_argument("--overwrite", **switch, metavar="true", help="replace a finished run in output_dir")
-    parser.add_argument("--smoke", **switch, metavar="true", help="three rounds on small tensors, to see that it works")
+    parser.add_argument("--overwrite", **switch, help="replace a finished run in output_dir")
+    parser.add_argument("--smoke", **switch, help="three rounds on small tensors, to see that it works")
     parser.add_argument("--workloads", choices=WORKLOADS, **several, help="of bert, vit, tiny (default: all)")
     parser.add_argument("--optimizers", choices=CONTESTANTS, **several, help=f"of {', '.join(CONTESTANTS)}")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one (default)")
     parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="on a CPU (default: 1 and all)")
     parser.add_argument("--rounds", type=int, metavar="N", help="measured steps of each optimizer (default: 30)")
-    parser.add_argument(
-        "--compiled", **switch, metavar="true", help="compiled steps too; needs a compiler, and minutes"
-    )
+    parser.add_argument("--compiled", **switch, help="compiled steps too: needs a compiler, and minutes")
     parser.add_argument("--instruction_set", metavar="NAME", help="of the CPU kernel, such as avx2 (default: the best)")
     given = vars(parser.parse_args(argv))
     smoke = {"rounds": 3, "output_dir": f"{Config.output_dir}_smoke"} if given.get("smoke") else {}

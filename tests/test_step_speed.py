@@ -78,7 +78,7 @@ def test_a_ratio_is_of_the_times_of_one_round():
 def test_each_round_has_one_step_of_each_in_random_order(monkeypatch):
     order = []
 
-    def timed(step, cuda):
+    def timed(step, params):
         step()
         order.append(name := type(step.__self__).__name__)
         return {"wall": 0.5 if name == "SadamW" else 2.0}
@@ -156,9 +156,22 @@ def test_an_instruction_set_can_be_forced(tmp_path, capsys):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads what Linux tells about a process")
 def test_extra_memory_sees_a_temporary():
-    size = 64_000_000
-    assert SPEED.extra_memory(lambda: torch.ones(size, dtype=torch.uint8), cuda=False) == pytest.approx(size, rel=0.05)
-    assert SPEED.extra_memory(lambda: None, cuda=False) < size / 20
+    size, params = 64_000_000, SPEED.tensors([(2,)], "cpu")
+    assert SPEED.extra_memory(lambda: torch.ones(size, dtype=torch.uint8), params) == pytest.approx(size, rel=0.05)
+    assert SPEED.extra_memory(lambda: None, params) < size / 20
+
+
+def test_an_optimizer_that_drops_the_gradients_gets_them_back():
+    params, seen = SPEED.tensors([(4,), (3,)], "cpu"), []
+
+    def step():
+        seen.append([p.grad is not None for p in params])
+        for p in params:
+            p.grad = None
+
+    for _ in range(3):
+        SPEED.timed(step, params)
+    assert seen == [[True, True]] * 3
 
 
 @pytest.mark.parametrize(

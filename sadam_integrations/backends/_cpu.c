@@ -16,6 +16,14 @@
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 
+#if defined(__clang__)
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#define AVX512(features) __attribute__((target(features), min_vector_width(512)))
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")
+#define AVX512(features) __attribute__((target(features ",prefer-vector-width=512")))
+#endif
+
 typedef struct {
     double lr, beta1, beta2, weight_decay, gain;
     int32_t decoupled, maximize, amsgrad, correction, bare;
@@ -110,7 +118,7 @@ static const float LOG1P[9] = {9.999999699e-1f, -4.999949314e-1f, 3.331909678e-1
 
 INLINE void block(void *p, const void *g, void *m, void *v, void *v_max, Constants c, Factors f, int dtype,
                   int amsgrad, int coupled) {
-#pragma GCC ivdep
+INDEPENDENT
     for (int64_t i = 0; i < BLOCK; i++) {
         float param = load(p, i, dtype), grad = load(g, i, dtype);
         if (dtype == BARE) {
@@ -184,7 +192,7 @@ typedef void Kernel(char *, const char *, char *, char *, char *, int64_t, int64
 KERNEL(baseline, )
 #if defined(__x86_64__)
 KERNEL(avx2, __attribute__((target("avx2,fma"))))
-KERNEL(avx512, __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))))
+KERNEL(avx512, AVX512("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))
 #endif
 
 /* The instruction sets, the best last. */
@@ -251,6 +259,8 @@ EXPORT int sadam_step(const Table *t, const Options *o, int instruction_set, Par
 #if defined(__x86_64__)
     if (instruction_set == 1) work.kernel = avx2;
     if (instruction_set == 2) work.kernel = avx512;
+#else
+    (void)instruction_set;
 #endif
     double counted = -1, for_lr = 1, for_root = 1;
     for (int64_t k = 0; k < t->n; k++) {
