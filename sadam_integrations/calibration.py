@@ -16,6 +16,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from sadam_integrations import backends, moments
+from sadam_integrations.backends.rows import rows_of
 from sadam_integrations.update import HALF, LN2, corrections, gradient, second_moment, widen
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def measure(histograms: Iterable[Tensor], corrections: Sequence[float]) -> list[
     Returns:
         One beta for each parameter; 0.0 where there is nothing to measure.
     """
-    quantiles = [_quantile(histogram.tolist()) for histogram in histograms]
+    quantiles = [_quantile(histogram.cpu()) for histogram in histograms]
     floors = [FLOOR * math.sqrt(q) * correction for q, correction in zip(quantiles, corrections, strict=True)]
     return [LN2 / floor if floor else 0.0 for floor in floors]
 
@@ -103,8 +104,7 @@ def calibrate(
     beta1, beta2 = group["betas"]
 
     def second_moment_after(step: int, p: Tensor, grad: Tensor, v: Tensor, *v_max: Tensor) -> Tensor:
-        decay = {"weight_decay": group["weight_decay"], "decoupled": optimizer._decoupled}
-        grad = gradient(widen(p), widen(grad), maximize=group["maximize"], **decay)
+        grad = gradient(widen(p), widen(grad), **decay)
         new = second_moment(widen(v), grad, beta2)
         if v.dtype in HALF:  # where the state underflows, this gradient stands for those that it could not hold
             new = torch.where(new.to(v.dtype) == 0, (1 - beta2**step) * (grad * grad), new)
@@ -114,11 +114,22 @@ def calibrate(
         warn_flat(name, params)
     factors = [float(corrections(steps[i], beta1, beta2, group["bias_correction"])[1]) for i in due]
     keys = ("exp_avg_sq", "max_exp_avg_sq") if optimizer._amsgrad else ("exp_avg_sq",)
-    due_tensors = {i: [params[i], params[i].grad, *(states[i][key] for key in keys)] for i in due}
-    histograms = (
-        histogram(second_moment_after(steps[i], *piece) for piece in backends.pieces(tensors))
-        for i, tensors in due_tensors.items()
-    )
+    by_kernel = backends.pick(params, group) is backends.cpu.cpu
+    decay = {"weight_decay": group["weight_decay"], "decoupled": optimizer._decoupled, "maximize": group["maximize"]}
+
+    def counts_after(i: int) -> Tensor:
+        p, moments = params[i], [states[i][key] for key in keys]
+        grad: Any = p.grad
+        rows = rows_of([grad], [[t] for t in (p, *moments, states[i]["step"])])
+        if by_kernel and rows.whole[0]:
+            local = [column[0] for column in rows.columns[:-1]]
+            counts = backends.cpu.count(*rows.grads, *local, beta2=beta2, correction=1 - beta2 ** steps[i], **decay)
+            if counts is not None:
+                return _whole(counts, p)
+        pieces = backends.pieces([p, grad, *moments])
+        return histogram(second_moment_after(steps[i], *piece) for piece in pieces)
+
+    histograms = map(counts_after, due)
     for i, beta in zip(due, measure(histograms, factors), strict=True):
         states[i]["beta"] = beta or states[i]["beta"]
 
@@ -139,34 +150,38 @@ def histogram(pieces: Iterable[Tensor]) -> Tensor:
 
 
 def _count(piece: Tensor) -> Tensor:
-    sharded: Any = piece if hasattr(piece, "to_local") else None
-    local = piece if sharded is None else sharded.to_local()
+    local = piece.to_local() if hasattr(piece, "to_local") else piece
     if local.dtype == torch.float64:
         integer, shift, bins = torch.int64, 52 - MANTISSA, 2048 << MANTISSA
     else:
         integer, shift, bins = torch.int32, 23 - MANTISSA, 256 << MANTISSA
     bits = local.contiguous().view(-1).view(integer)
-    counts = torch.bincount((bits & torch.iinfo(integer).max) >> shift, minlength=bins)
-    if sharded is None:
+    return _whole(torch.bincount((bits & torch.iinfo(integer).max) >> shift, minlength=bins), piece)
+
+
+def _whole(counts: Tensor, of: Any) -> Tensor:
+    """Adds up the counts of a DTensor's shards."""
+    if not hasattr(of, "to_local"):
         return counts
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    placements = [Replicate() if p.is_replicate() else Partial("sum") for p in sharded.placements]
-    return DTensor.from_local(counts, sharded.device_mesh, placements, run_check=False).full_tensor()
+    placements = [Replicate() if p.is_replicate() else Partial("sum") for p in of.placements]
+    return DTensor.from_local(counts, of.device_mesh, placements, run_check=False).full_tensor()
 
 
-def _quantile(counts: list[int]) -> float:
+def _quantile(counts: Tensor) -> float:
     """The ``QUANTILE`` of the live entries of a histogram, 0.0 if there are none."""
     octave = 1 << MANTISSA
-    finite = range(octave, len(counts) - octave)  # without zeros and subnormals, and without infinities and NaN
-    largest = max((i for i in finite if counts[i]), default=0)
-    live = range(max(octave, largest - 46 * octave), largest + 1)  # 46 octaves of v are 23 of sqrt(v): float32's digits
-    rank = QUANTILE * sum(counts[i] for i in live)
-    for i in live:
-        if counts[i] and rank <= counts[i]:
+    filled = counts[octave:-octave].nonzero().flatten() + octave  # no zeros and subnormals, no infinities and NaN
+    first = int(filled.max()) - 46 * octave if len(filled) else 0  # 46 octaves of v are 23 of sqrt(v): float32's digits
+    live = filled[filled >= first]
+    numbers = counts[live].tolist()
+    rank = QUANTILE * sum(numbers)
+    for i, number in zip(live.tolist(), numbers, strict=True):
+        if rank <= number:
             low, high = (_lower_edge(j, len(counts)) for j in (i, i + 1))
-            return low + (high - low) * rank / counts[i]
-        rank -= counts[i]
+            return low + (high - low) * rank / number
+        rank -= number
     return 0.0
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Reference
 
-from sadam_integrations import Sadam, SadamW, SAMSGrad, SAMSGradW, backends
+from sadam_integrations import Sadam, SadamW, SAMSGrad, SAMSGradW, backends, calibration
 from sadam_integrations.update import update
 
 kernel = backends.cpu
@@ -216,6 +216,54 @@ def test_extreme_values_end_as_in_the_specification(isa, beta, amsgrad):
             finite = target.isfinite()
             torch.testing.assert_close(got[finite], target[finite], rtol=2e-6, atol=1e-37)
             assert torch.equal(got[target.isinf()], target[target.isinf()])
+
+
+# The count by which beta is measured
+
+
+@every_set
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize(("decoupled", "maximize"), [(True, False), (False, False), (False, True)])
+def test_the_count_is_that_of_the_second_moment_after_the_step(isa, threads, dtype, amsgrad, decoupled, maximize):
+    kernel.force(isa)
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    size = 300_001
+    p, g, v, v_max = (torch.randn(size) * 10 ** (-6 * torch.rand(size)) for _ in range(4))
+    g[::7], v[::3] = 0.0, 0.0
+    g[5], g[6] = float("inf"), float("nan")
+    p, g, v, v_max = p.to(dtype), g.to(dtype), v.square().to(dtype), v_max.square().to(dtype)
+    top = v_max if amsgrad else None
+    decay = {"weight_decay": 0.1, "decoupled": decoupled, "maximize": maximize}
+    counts = kernel.count(g, p, v, top, beta2=0.999, correction=0.01, **decay)
+    options = {"step": 1.0, "lr": 0.0, "beta1": 0.9, "beta2": 0.999, "beta": 1.0, "bias_correction": "none", **decay}
+    new = update(*(t if t is None else t.float() for t in (p, g, p, v, None)), **options).exp_avg_sq
+    if dtype != torch.float32:
+        grad = (-g.float() if maximize else g.float()) + (0.0 if decoupled else 0.1) * p.float()
+        new = torch.where(new.to(dtype) == 0, 0.01 * (grad * grad), new)
+    want = calibration.histogram([torch.maximum(top.float(), new) if amsgrad else new])
+    assert counts.sum() == size and want.shape == counts.shape
+    assert (counts - want).abs().sum() < size / 1000  # a rounding may take an entry over the edge of its bin
+
+
+@every_set
+@every_class
+def test_beta_is_measured_as_without_the_kernel(isa, cls):
+    kernel.force(isa)
+    params, others = make(), make()
+    a, b = cls(params, fused=True), cls(others, fused=False)
+    train(a, params, 17), train(b, others, 17)
+    for p, q in zip(params, others, strict=True):
+        assert a.state[p]["beta"] == pytest.approx(b.state[q]["beta"], rel=1e-3)
+
+
+def test_what_the_kernel_does_not_serve_is_not_counted_by_it():
+    one = torch.ones(3, dtype=torch.float64)
+    options = {"beta2": 0.999, "weight_decay": 0.0, "decoupled": True, "maximize": False, "correction": 1.0}
+    assert kernel.count(one, one, one, **options) is None
+    assert kernel.count(torch.ones(3), torch.ones(3), torch.ones(4), **options) is None
 
 
 # The optimizer with the kernel

@@ -188,15 +188,19 @@ def test_the_pins_cover_the_dependencies():
     assert names - {"sadam-integrations", "triton"} <= normal  # which torch's builds for GPUs pin themselves
 
 
-@pytest.fixture(scope="module")
-def wheel_file(tmp_path_factory):
-    """A wheel of a copy of the sources: the checkout stays clean."""
-    source, out = tmp_path_factory.mktemp("source") / "s", tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT, source, ignore=lambda folder, names: [n for n in names if n.startswith(".") or n in LEFT])
+def build(folder, **environment):
+    """Builds a wheel of a copy of the sources: the checkout stays clean."""
+    source, out = folder / "source", folder / "wheel"
+    shutil.copytree(ROOT, source, ignore=lambda folder, names: [n for n in names if LEFT.fullmatch(n)])
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
     assert done.returncode == 0, done.stdout + done.stderr
     return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel_file(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("build"))
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +212,7 @@ def wheel(wheel_file):
     return folder
 
 
-LEFT = {"build", "dist", "runs", "__pycache__", "sadam_integrations.egg-info"}
+LEFT = re.compile(r"\..*|build|dist|runs|__pycache__|sadam_integrations\.egg-info|.*\.so")
 
 
 def files(folder):
@@ -238,6 +242,42 @@ def test_the_wheel_says_what_it_is(wheel):
 def test_the_wheel_works_where_the_checkout_is_not(wheel):
     code = f"import sys; sys.path.insert(0, {str(wheel)!r}); import sadam_integrations as s; print(s.__file__)"
     assert Path(python(code, cwd=wheel).strip()) == wheel / "sadam_integrations" / "__init__.py"
+
+
+IN_THE_WHEEL = """
+import sys, torch
+sys.path.insert(0, {wheel!r})
+from sadam_integrations import SadamW, cli
+p = torch.nn.Parameter(torch.ones(3))
+optimizer = SadamW([p])
+p.grad = torch.ones(3)
+optimizer.step()
+assert (p < 1).all()
+cli.main(["env"])
+try:
+    SadamW([p], fused=True)
+except RuntimeError as error:
+    print(error)
+else:
+    print("fused")
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_one_wheel_with_the_kernel_serves_every_python(wheel, wheel_file):
+    assert "-cp310-abi3-" in wheel_file.name
+    assert len(list(wheel.glob("sadam_integrations/backends/_cpu*.so"))) == 1
+    out = python(IN_THE_WHEEL.format(wheel=str(wheel)), cwd=wheel)
+    assert out.endswith("\nfused\n") and re.search(r"^a step on a CPU +kernel \(", out, re.MULTILINE)
+
+
+def test_without_a_compiler_there_is_a_wheel_all_the_same(tmp_path):
+    with zipfile.ZipFile(build(tmp_path, CC="false")) as archive:
+        archive.extractall(tmp_path / "unpacked")
+    assert not list(tmp_path.glob("unpacked/**/*.so"))
+    out = python(IN_THE_WHEEL.format(wheel=str(tmp_path / "unpacked")), cwd=tmp_path)
+    assert re.search(r"^a step on a CPU +for-loop, .* built without a C compiler; .* rebuild", out, re.MULTILINE)
+    assert "fused=True: a parameter is on cpu, and the package was built without a C compiler" in out
 
 
 @pytest.fixture

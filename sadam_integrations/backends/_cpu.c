@@ -189,9 +189,56 @@ INLINE void blocks(char *p, const char *g, char *m, char *v, char *v_max, int64_
 
 typedef void Kernel(char *, const char *, char *, char *, char *, int64_t, int64_t, Constants, Factors, int, int, int);
 
+/* One tensor's second moment after the coming step, of which each element is counted by its exponent and first bits. */
+typedef struct {
+    const void *param, *grad, *exp_avg_sq, *max_exp_avg_sq;
+    int64_t numel;
+    int64_t *counts; /* BINS of them, added to */
+    double beta2, weight_decay, correction;
+    int32_t decoupled, maximize, amsgrad, dtype;
+} Counting;
+
+#define BINS 2048
+#define SHIFT 20 /* keeps the exponent and three bits of the mantissa */
+
+INLINE void count(const Counting *w, int64_t start, int64_t stop, uint32_t bins[4][BINS], int dtype) {
+    const float beta2 = (float)w->beta2, rest = (float)(1 - w->beta2), correction = (float)w->correction;
+    const float coupled = w->decoupled ? 0 : (float)(w->maximize ? -w->weight_decay : w->weight_decay);
+    const float underflow = dtype == BFLOAT16 ? 0x1p-134f : 0x1p-25f; /* up to here the state holds a zero */
+    for (int64_t at = start; at < stop; at += BLOCK) {
+        const int64_t here = stop - at < BLOCK ? stop - at : BLOCK;
+        uint32_t found[BLOCK];
+        INDEPENDENT
+        for (int64_t i = 0; i < here; i++) {
+            float grad = load(w->grad, at + i, dtype);
+            if (coupled != 0) grad = load(w->param, at + i, dtype) * coupled + grad;
+            float square = load(w->exp_avg_sq, at + i, dtype) * beta2 + rest * grad * grad;
+            if (dtype != FLOAT32) square = square <= underflow ? correction * (grad * grad) : square;
+            uint32_t bits = to_bits(square);
+            if (w->amsgrad) {
+                const uint32_t largest = to_bits(load(w->max_exp_avg_sq, at + i, dtype));
+                bits = largest > bits ? largest : bits;
+            }
+            found[i] = (bits & 0x7fffffff) >> SHIFT;
+        }
+        for (int64_t i = 0; i < here; i++) bins[i & 3][found[i]]++; /* four, as one bin may be hit again and again */
+    }
+}
+
+#define COUNTER(name, target)                                                                             \
+    target static void name(const Counting *w, int64_t start, int64_t stop, uint32_t bins[4][BINS]) {     \
+        if (w->dtype == FLOAT32) count(w, start, stop, bins, FLOAT32);                                    \
+        else if (w->dtype == BFLOAT16) count(w, start, stop, bins, BFLOAT16);                             \
+        else count(w, start, stop, bins, FLOAT16);                                                        \
+    }
+
+typedef void Counter(const Counting *, int64_t, int64_t, uint32_t[4][BINS]);
+
 KERNEL(baseline, )
+COUNTER(count_baseline, )
 #if defined(__x86_64__)
 KERNEL(avx2, __attribute__((target("avx2,fma"))))
+COUNTER(count_avx2, __attribute__((target("avx2,fma"))))
 KERNEL(avx512, AVX512("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))
 #endif
 
@@ -280,5 +327,33 @@ EXPORT int sadam_step(const Table *t, const Options *o, int instruction_set, Par
     int64_t all = t->first_block[t->n];
     if (parallel_for) return parallel_for(0, all, 32768 / BLOCK, run, &work);
     run(0, all, &work);
+    return 0;
+}
+
+typedef struct {
+    const Counting *counting;
+    Counter *counter;
+} Counted;
+
+static void run_count(int64_t begin, int64_t end, void *context) {
+    const Counted *w = context;
+    uint32_t bins[4][BINS] = {{0}};
+    w->counter(w->counting, begin, end, bins);
+    for (int i = 0; i < BINS; i++) {
+        const int64_t sum = (int64_t)bins[0][i] + bins[1][i] + bins[2][i] + bins[3][i];
+        if (sum) __atomic_fetch_add(w->counting->counts + i, sum, __ATOMIC_RELAXED);
+    }
+}
+
+/* Adds the histogram of a tensor's second moment, as it will be after the coming step, to its counts. */
+EXPORT int sadam_count(const Counting *counting, int instruction_set, ParallelFor *parallel_for) {
+    Counted work = {counting, count_baseline};
+#if defined(__x86_64__)
+    if (instruction_set >= 1) work.counter = count_avx2; /* counting gains nothing from wider vectors */
+#else
+    (void)instruction_set;
+#endif
+    if (parallel_for) return parallel_for(0, counting->numel, 1 << 17, run_count, &work);
+    run_count(0, counting->numel, &work);
     return 0;
 }

@@ -24,6 +24,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCK = 64
 """Elements in a unit of work, as in _cpu.c."""
 
+ONE = torch.ones(())
 FACTORS = 11 * 4
 """Bytes of its `Factors`."""
 
@@ -47,6 +48,16 @@ class _Columns(ctypes.Structure):
             "dtype", "factors",
         )
     ]  # fmt: skip
+
+
+class _Counting(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("param", "grad", "exp_avg_sq", "max_exp_avg_sq")),
+        ("numel", ctypes.c_int64),
+        ("counts", ctypes.c_void_p),
+        *((name, ctypes.c_double) for name in ("beta2", "weight_decay", "correction")),
+        *((name, ctypes.c_int32) for name in ("decoupled", "maximize", "amsgrad", "dtype")),
+    ]
 
 
 class Library(NamedTuple):
@@ -74,6 +85,7 @@ def open_library(path: str | Path) -> Library:
     handle = ctypes.CDLL(str(path))
     handle.sadam_instruction_set.restype = ctypes.c_char_p
     handle.sadam_step.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+    handle.sadam_count.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     sets, index = {}, 0
     while name := handle.sadam_instruction_set(index):
         if handle.sadam_supports(index):
@@ -215,3 +227,46 @@ def cpu(
     which = library.sets[instruction_set()]  # type: ignore[index]
     library.handle.sadam_step(ctypes.byref(table.columns), ctypes.byref(settings), which, library.parallel_for)
     torch.autograd.graph.increment_version(table.params)
+
+
+def count(
+    grad: Tensor,
+    param: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None = None,
+    *,
+    beta2: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    correction: float,
+) -> Tensor | None:
+    """The histogram by which beta is measured, see :func:`sadam_integrations.calibration.histogram`.
+
+    Args:
+        grad: The gradient of the coming step.
+        param: The parameter, same shape.
+        exp_avg_sq: Its second moment before the step, same shape.
+        max_exp_avg_sq: For SAMSGrad, the largest second moment so far.
+        beta2: Decay rate of the second moment.
+        weight_decay: Weight decay coefficient.
+        decoupled: Whether weight decay leaves the gradient alone.
+        maximize: Ascend instead of descend.
+        correction: ``1 - beta2**step``, the factor of the gradient's square where a half-precision state underflows.
+
+    Returns:
+        int64 of shape (2048,), or ``None`` if the kernel is not there or does not serve these tensors.
+    """
+    library = load()
+    moments = (exp_avg_sq,) if max_exp_avg_sq is None else (exp_avg_sq, max_exp_avg_sq)
+    if isinstance(library, str) or not _fits(True, grad, param, *moments, ONE):
+        return None
+    counts = torch.zeros(2048, dtype=torch.int64)
+    largest = None if max_exp_avg_sq is None else max_exp_avg_sq.data_ptr()
+    work = _Counting(
+        param.data_ptr(), grad.data_ptr(), exp_avg_sq.data_ptr(), largest, param.numel(), counts.data_ptr(),
+        beta2, weight_decay, correction, decoupled, maximize, largest is not None, DTYPES[param.dtype],
+    )  # fmt: skip
+    which = library.sets[instruction_set()]  # type: ignore[index]
+    library.handle.sadam_count(ctypes.byref(work), which, library.parallel_for)
+    return counts

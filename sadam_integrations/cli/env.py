@@ -39,6 +39,6 @@ def go(args: argparse.Namespace) -> int:
 
 def _on_cpu(threads: int) -> str:
     if reason := backends.missing("cpu"):
-        return f"for-loop, 4 to 5 times as long as with the kernel: {reason}"
+        return f"for-loop, several times slower than the kernel: {reason}"
     threads = threads if backends.cpu.load().parallel_for else 1  # type: ignore[union-attr]
     return f"kernel ({backends.cpu.instruction_set()}, threads: {threads})"
