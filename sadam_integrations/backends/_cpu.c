@@ -12,6 +12,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
@@ -254,16 +257,19 @@ EXPORT const char *sadam_instruction_set(int index) {
 #endif
 }
 
+/* Whether this CPU and its system have an instruction set. */
 EXPORT int sadam_supports(int index) {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    int avx2_ok = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    int avx512_ok = avx2_ok && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (index == 1) return avx2_ok;
-    if (index == 2) return avx512_ok;
-#endif
+    const unsigned avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    unsigned eax, ebx, ecx, edx, saved, high;
+    if (index == 0) return 1;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_OSXSAVE) || !(ecx & bit_FMA)) return 0;
+    __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0)); /* the registers that the system saves */
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ebx & bit_AVX2) || (saved & 0x06) != 0x06) return 0;
+    return index == 1 || (index == 2 && (ebx & avx512) == avx512 && (saved & 0xe6) == 0xe6);
+#else
     return index == 0;
+#endif
 }
 
 typedef struct {
