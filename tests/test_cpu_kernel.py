@@ -487,6 +487,18 @@ def test_a_gradient_that_does_not_fit_is_not_read_as_if_it_did(change):
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("what", ["param", "grad", "exp_avg", "step"])
+def test_freed_memory_is_an_error(what):
+    p = torch.nn.Parameter(torch.ones(100))
+    optimizer = Sadam([p], beta=50.0, fused=True)
+    p.grad = torch.ones(100)
+    optimizer.step()
+    tensor = {"param": p, "grad": p.grad, **optimizer.state[p]}[what]
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has been freed"):
+        optimizer.step()
+
+
 def test_the_table_is_kept_and_dies_with_its_optimizer():
     import gc
     import weakref

@@ -182,6 +182,7 @@ def _fits(whole: bool, grad: Tensor, param: Tensor, *rest: Tensor) -> bool:
         and all(type(t) in PLAIN and t.is_cpu for t in (*tensors, step))
         and param.dtype in DTYPES
         and param.numel() > 0
+        and not param.is_inference()
         and step.dtype == torch.float32
         and all(t.dtype == param.dtype and t.numel() == param.numel() and t.is_contiguous() for t in tensors)
     )
@@ -217,6 +218,8 @@ def cpu(
     if not table.params:
         return
     grad = array("Q", map(Tensor.data_ptr, compress(rows.grads, table.served)))
+    if 0 in grad or 0 in table.addresses:
+        raise RuntimeError("the memory of a parameter, of its gradient or of its state has been freed")
     beta = array("d", compress(betas, table.served))
     table.columns.grad, table.columns.beta = grad.buffer_info()[0], beta.buffer_info()[0]
     settings = _Options(
