@@ -34,6 +34,7 @@ def messages(caplog, monkeypatch):
     logger = logging.getLogger("transformers")
     level = logger.level
     monkeypatch.setattr(logger, "propagate", False)
+    logger.setLevel(logging.WARNING)  # a recipe run by an earlier test has put it higher
     logger.addHandler(caplog.handler)
     yield lambda: [r.getMessage() for r in caplog.records if r.name == "transformers.sadam_integrations"]
     logger.removeHandler(caplog.handler)

@@ -156,7 +156,7 @@ def test_help_explains_every_key(bert, capsys):
 def test_a_wrong_optimizer_argument_is_answered_before_training(bert, tmp_path, capsys):
     assert bert.main(["--output_dir", str(tmp_path / "run"), "--optimizer", "adamw_trch"]) == 2
     assert "adamw_trch" in capsys.readouterr().err
-    for wrong in ("lr=1", "weight_decay=1", "beta=-1", "betta=1", "beta=many", "fused=true", "betas=0.9"):
+    for wrong in ("lr=1", "weight_decay=1", "beta=-1", "betta=1", "beta=many", "fused=1", "betas=0.9"):
         assert bert.main(["--output_dir", str(tmp_path / "run"), f"--optimizer_args.{wrong}"]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1

@@ -102,7 +102,7 @@ def test_every_config_parses(vit, file):
         (["--scheduler", "reduce_lr_on_plateau"], "scheduler: reduce_lr_on_plateau does not follow the steps"),
         (["--scheduler", "cosin"], "scheduler: "),
         (["--optimizer_args.beta", "-1"], "optimizer: SadamW: Invalid beta: -1"),
-        (["--optimizer_args.fused", "true"], "optimizer: SadamW: fused=True asks for a fused kernel"),
+        (["--optimizer_args.fused", "true", "--optimizer_args.foreach", "true"], "optimizer: SadamW: fused=True and"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_no_folder(vit, capsys, monkeypatch, tmp_path, arguments, message):
