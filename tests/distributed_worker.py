@@ -1,8 +1,9 @@
-"""What one of two processes runs for test_distributed.py: every check, its errors written to a file."""
+"""What each of two or three processes runs for test_distributed.py: every check, its errors written to a file."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import sys
 import tempfile
@@ -13,10 +14,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -28,11 +30,11 @@ STEPS = 9
 
 
 class Model(torch.nn.Module):
-    """Over two ranks: even shards (8 rows), uneven ones (5 rows) and a tensor that is empty on one rank (1 row)."""
+    """Over two ranks or three: even shards (12 rows), uneven ones (5 rows), a tensor that is empty on some (1 row)."""
 
     def __init__(self):
         super().__init__()
-        self.up, self.down = torch.nn.Linear(6, 8), torch.nn.Linear(8, 5)
+        self.up, self.down = torch.nn.Linear(6, 12), torch.nn.Linear(12, 5)
         self.head = torch.nn.Linear(5, 1)
 
     def forward(self, x):
@@ -46,13 +48,17 @@ def fresh():
 
 def batch(t):
     torch.manual_seed(100 + t)
-    return torch.randn(8, 6)
+    return torch.randn(12, 6)
+
+
+def loss(model, t, rows=slice(None)):
+    return model(batch(t)[rows]).square().mean()
 
 
 def train(model, optimizer, rows=slice(None), steps=STEPS, start=0):
     for t in range(start, start + steps):
         optimizer.zero_grad()
-        model(batch(t)[rows]).square().mean().backward()
+        loss(model, t, rows).backward()
         optimizer.step()
 
 
@@ -79,8 +85,13 @@ def equal_to_one_process(model, options, cls, betas=None):
             assert abs(betas[name] / want[name] - 1) < 1e-4, (name, betas[name], want[name])
 
 
+def rows_of(rank):
+    size = 12 // dist.get_world_size()
+    return slice(size * rank, size * rank + size)
+
+
 def my_rows():
-    return slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+    return rows_of(dist.get_rank())
 
 
 def check_ddp(cls, options):
@@ -90,25 +101,95 @@ def check_ddp(cls, options):
     equal_to_one_process(model, options, cls, chosen_betas(optimizer, model.module))
 
 
-def sharded():
+def world_mesh():
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def sharded(mesh=None, **settings):
     model = fresh()
     for layer in (model.up, model.down, model.head, model):
-        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+        fully_shard(layer, mesh=mesh or world_mesh(), **settings)
     return model
 
 
 def check_fsdp2(cls, options):
     model = sharded()
     sizes = [p.to_local().numel() for p in model.parameters()]
-    assert (min(sizes) == 0) == (dist.get_rank() == 1)
+    assert (min(sizes) == 0) == (dist.get_rank() > 0)
     optimizer = cls(model.parameters(), **options)
     train(model, optimizer, my_rows())
     equal_to_one_process(model, options, cls, chosen_betas(optimizer, model))
 
 
+def check_fsdp2_offload(cls, options):
+    model = sharded(offload_policy=CPUOffloadPolicy(pin_memory=False))
+    optimizer = cls(model.parameters(), **options)
+    train(model, optimizer, my_rows())
+    equal_to_one_process(model, options, cls, chosen_betas(optimizer, model))
+
+
+def check_fsdp2_mixed_precision(cls, options):
+    """The weights are float32, the model computes in bfloat16: as one process that casts them itself."""
+    model = sharded(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    optimizer = cls(model.parameters(), **options)
+    alone = fresh()
+    other = cls(alone.parameters(), **options)
+    world = dist.get_world_size()
+    for t in range(STEPS):
+        optimizer.zero_grad(), other.zero_grad()
+        loss(model, t, my_rows()).backward()
+        for rank in range(world):
+            half = {name: p.bfloat16() for name, p in alone.named_parameters()}
+            found = torch.func.functional_call(alone, half, batch(t)[rows_of(rank)].bfloat16())
+            (found.square().mean() / world).backward()
+        optimizer.step(), other.step()
+    for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+        # a float32 rounding can be one of bfloat16, 0.4 %: of the nine steps of up to lr, that is 1e-3 at most
+        torch.testing.assert_close(whole(p), q.detach(), rtol=0, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def check_optimizer_in_backward(cls, options):
+    """One optimizer for each parameter, which steps as soon as the gradient is there."""
+    for model, rows in ((fresh(), slice(None)), (sharded(), my_rows())):
+        optimizers = {p: cls([p], **options) for p in model.parameters()}
+
+        def step(p, optimizers=optimizers):
+            optimizers[p].step()
+            optimizers[p].zero_grad()
+
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(step)
+        for t in range(STEPS):
+            loss(model, t, rows).backward()
+        betas = {name: chosen_betas(optimizers[p])["0.0"] for name, p in model.named_parameters()}
+        equal_to_one_process(model, options, cls, betas)
+
+
+def check_fsdp1(cls, options):
+    """A fixed beta as one process; "auto" measures the flat pieces, says so once, and trains as well."""
+    for use_orig_params in (False, True):
+        model = FullyShardedDataParallel(
+            fresh(), device_id=torch.device("cpu"), use_orig_params=use_orig_params, auto_wrap_policy=None
+        )
+        optimizer = cls(model.parameters(), **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(model, optimizer, my_rows())
+        said = [w for w in caught if "measures the flat pieces" in str(w.message)]
+        assert len(said) == (options["beta"] == "auto"), [str(w.message) for w in caught]
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            if options["beta"] == "auto":
+                alone = fresh()
+                train(alone, cls(alone.parameters(), **options))
+                with torch.no_grad():
+                    ours, theirs, start = (loss(m, 0).item() for m in (model.module, alone, fresh()))
+                assert abs(ours - theirs) < 0.3 * (start - theirs), (ours, theirs, start)
+            else:
+                equal_to_one_process(model.module, options, cls)
+
+
 def check_tensor_parallel(cls, options):
-    mesh = init_device_mesh("cpu", (2,))
-    model = parallelize_module(fresh(), mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    model = parallelize_module(fresh(), world_mesh(), {"up": ColwiseParallel(), "down": RowwiseParallel()})
     kinds = {type(p) for p in model.parameters()}
     assert DTensor in kinds and len(kinds) == 2  # the head's parameters are plain
     optimizer = cls(model.parameters(), **options)
@@ -121,6 +202,12 @@ def check_zero_redundancy(cls, options):
     optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=cls, **options)
     train(model, optimizer, my_rows())
     equal_to_one_process(model, options, cls)
+
+
+def shared_folder():
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    return folder[0]
 
 
 def checkpoint(cls, options, full):
@@ -139,11 +226,10 @@ def checkpoint(cls, options, full):
         settings = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         weights, state = copy.deepcopy((weights, state))
     else:
-        folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(folder)
-        save({"model": weights, "optimizer": state}, checkpoint_id=folder[0], no_dist=False)
+        folder = shared_folder()
+        save({"model": weights, "optimizer": state}, checkpoint_id=folder, no_dist=False)
         weights, state = dcp.get_state_dict(other, restored, options=settings)
-        load({"model": weights, "optimizer": state}, checkpoint_id=folder[0])
+        load({"model": weights, "optimizer": state}, checkpoint_id=folder)
     dcp.set_model_state_dict(other, weights, options=settings)  # one by one: on rank 1 both are empty
     dcp.set_optimizer_state_dict(other, restored, state, options=settings)
     betas = chosen_betas(optimizer, model)
@@ -161,29 +247,50 @@ def check_sharded_checkpoint(cls, options):
     checkpoint(cls, options, full=False)
 
 
-def cases():
-    """From the name of a case to its check, class and arguments."""
+def check_adamw_checkpoints(cls, options):
+    """A sharded checkpoint of AdamW goes on in ours, and one of ours in AdamW, each with a partial load."""
+    amsgrad = {"amsgrad": cls in (SAMSGrad, SAMSGradW)}
+    for first, second in ((torch.optim.AdamW, cls), (cls, torch.optim.AdamW)):
+        arguments = [amsgrad if kind is torch.optim.AdamW else options for kind in (first, second)]
+        model, other = sharded(), sharded()
+        saved, loaded = first(model.parameters(), **arguments[0]), second(other.parameters(), **arguments[1])
+        train(model, saved, my_rows())
+        folder = shared_folder()
+        save({"optimizer": dcp.get_optimizer_state_dict(model, saved)}, checkpoint_id=folder, no_dist=False)
+        state = {"optimizer": dcp.get_optimizer_state_dict(other, loaded)}
+        load(state, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
+        dcp.set_optimizer_state_dict(other, loaded, state["optimizer"])
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            for key in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                if key in saved.state[p]:
+                    assert torch.equal(whole(saved.state[p][key]), whole(loaded.state[q][key])), key
+        train(other, loaded, my_rows(), 2, STEPS)
+        if second is cls:
+            assert all(chosen_betas(loaded, other).values())
+
+
+def cases(everything=False):
+    """From the name of a case to its check, class and arguments: a few for each check, or all there are."""
+    few = [("SadamW", "auto", None), ("SAMSGrad", "auto", True), ("SAMSGradW", 50.0, False), ("Sadam", 50.0, None)]
+    every = list(itertools.product(CLASSES, ("auto", 50.0), (None, False, True)))
     found = {}
     for kind, check in list(globals().items()):
-        if not kind.startswith("check_"):
-            continue
-        for beta in ("auto", 50.0):
-            for foreach in (False, True):
-                for name in ("SadamW", "SAMSGrad") if beta == "auto" else ("SAMSGradW",):
-                    key = f"{kind.removeprefix('check_')}-{name}-{beta}-{'foreach' if foreach else 'for-loop'}"
-                    options = {"lr": 1e-2, "beta": beta, "foreach": foreach, "weight_decay": 0.1}
-                    found[key] = (check, CLASSES[name], options)
+        if kind.startswith("check_"):
+            for name, beta, foreach in every if everything else few:
+                how = {None: "default", False: "for-loop", True: "foreach"}[foreach]
+                options = {"lr": 1e-2, "beta": beta, "foreach": foreach, "weight_decay": 0.1}
+                found[f"{kind.removeprefix('check_')}-{name}-{beta}-{how}"] = (check, CLASSES[name], options)
     return found
 
 
-def main(rank, rendezvous, results):
+def main(rank, world, everything, rendezvous, results):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     errors = {}
-    for name, (check, cls, options) in cases().items():
+    for name, (check, cls, options) in cases(everything).items():
         print(name, flush=True)
         try:
             check(cls, options)
@@ -198,4 +305,4 @@ def main(rank, rendezvous, results):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    main(*map(int, sys.argv[1:4]), *sys.argv[4:])
