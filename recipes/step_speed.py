@@ -123,9 +123,9 @@ class Config:
     instruction_set: str | None = None
 
     def __post_init__(self) -> None:
-        for key, value, least in (("rounds", self.rounds, 3), ("threads", min(self.threads or [1]), 1)):
-            if value < least:
-                raise RecipeError(f"{key}: {value} is not valid, it is at least {least}")
+        for key, given, least, most in ("rounds", [self.rounds], 3, 9999), ("threads", self.threads or [1], 1, 1024):
+            if wrong := [value for value in given if not least <= value <= most]:
+                raise RecipeError(f"{key}: {wrong[0]} is not valid, it is from {least} to {most}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise RecipeError("device: 'cuda' is not available here: take cpu, or a torch that is built for the GPU")
 

@@ -223,7 +223,8 @@ def comparison(folder):
 
 
 def without_times(found):
-    return {**found, "runs": [{key: value for key, value in run.items() if key != "seconds"} for run in found["runs"]]}
+    runs = [{key: value for key, value in run.items() if key != "seconds"} for run in found["runs"]]
+    return {**found, "runs": runs, "hardware": {**found["hardware"], "threads": None}}
 
 
 def test_compare(capsys, toy):

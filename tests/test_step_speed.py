@@ -177,8 +177,9 @@ def test_an_optimizer_that_drops_the_gradients_gets_them_back():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--rounds", "2"], "rounds: 2 is not valid, it is at least 3"),
-        (["--threads", "1", "0"], "threads: 0 is not valid, it is at least 1"),
+        (["--rounds", "2"], "rounds: 2 is not valid, it is from 3 to 9999"),
+        (["--threads", "1", "0"], "threads: 0 is not valid, it is from 1 to 1024"),
+        (["--threads", "1000000"], "threads: 1000000 is not valid"),
     ],
 )
 def test_bad_values_are_named(words, message, tmp_path, capsys):

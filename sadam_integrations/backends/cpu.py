@@ -211,15 +211,15 @@ def cpu(
     table = memo.get("cpu")
     if table is None or not table.holds(rows):
         table = memo["cpu"] = _Table(rows)
+    grad = array("Q", map(Tensor.data_ptr, compress(rows.grads, table.served)))
+    if 0 in grad or 0 in table.addresses:
+        raise RuntimeError("the memory of a parameter, of its gradient or of its state has been freed")
     if not all(table.served):
         others = list(map(not_, table.served))
         given = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas)
         for_loop(*(list(compress(column, others)) for column in given), **options)  # type: ignore[arg-type]
     if not table.params:
         return
-    grad = array("Q", map(Tensor.data_ptr, compress(rows.grads, table.served)))
-    if 0 in grad or 0 in table.addresses:
-        raise RuntimeError("the memory of a parameter, of its gradient or of its state has been freed")
     beta = array("d", compress(betas, table.served))
     table.columns.grad, table.columns.beta = grad.buffer_info()[0], beta.buffer_info()[0]
     settings = _Options(
