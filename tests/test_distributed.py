@@ -66,9 +66,8 @@ def test_two_processes(errors, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("case", cases(True))
-def test_every_class_in_two_and_three_processes(errors, case, world):
+@pytest.mark.parametrize(("world", "case"), [(world, case) for world in (2, 3, 4) for case in cases(True, world)])
+def test_every_class_in_two_three_and_four_processes(errors, world, case):
     assert [rank[case] for rank in errors(world, True)] == [""] * world
 
 
