@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import statistics
+import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -205,13 +206,31 @@ def warn_frozen(name: str, how: str) -> None:
 
 
 def warn_flat(name: str, params: Sequence[Tensor]) -> None:
-    """Warns that FSDP1 hands over flat pieces of parameters, if it does."""
+    """Warns, on the first process, that FSDP1 or DeepSpeed hands over flat pieces of parameters, if it does."""
     if any(getattr(p, "_fsdp_flattened", False) for p in params):
+        engine = "FullyShardedDataParallel"
+        fix = "To measure whole ones, shard with torch.distributed.fsdp.fully_shard (FSDP2)"
+    elif _has_deepspeed() and any(p.dim() == 1 and not isinstance(p, torch.nn.Parameter) for p in params):
+        engine, fix = "DeepSpeed", "To have one floor for all, give beta a number"
+    else:
+        return
+    if _is_first_process():
         warnings.warn(
-            f'{name}: beta="auto" measures the flat pieces that FullyShardedDataParallel hands to the optimizer, not '
-            f"whole parameters. To measure whole ones, shard with torch.distributed.fsdp.fully_shard (FSDP2).",
+            f'{name}: beta="auto" measures the flat pieces that {engine} hands to the optimizer, not whole parameters. '
+            f"{fix}.",
             stacklevel=2,
         )
+
+
+def _has_deepspeed() -> bool:
+    """Whether DeepSpeed is in use; its flat pieces have no mark of their own."""
+    comm = sys.modules.get("deepspeed.comm")
+    return comm is not None and comm.is_initialized()
+
+
+def _is_first_process() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
 
 
 def warn_floor(optimizer: Optimizer) -> None:
@@ -231,9 +250,7 @@ def warn_floor(optimizer: Optimizer) -> None:
 def _look_at_floor(optimizer: Optimizer, beta: float, groups: Sequence[dict[str, Any]]) -> None:
     name, floor = type(optimizer).__name__, LN2 / beta
     lr = max(float(group.get("initial_lr", group["lr"])) for group in groups)  # not the low one of a warm-up
-    distributed = torch.distributed
-    here = not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
-    if not here or not 0 < lr < MOMENTUM_SGD or (name, beta) in _WARNED:
+    if not _is_first_process() or not 0 < lr < MOMENTUM_SGD or (name, beta) in _WARNED:
         return
     found = [(group["betas"][1], optimizer.state.get(p, {})) for group in groups for p in group["params"]]
     seen = [(beta2, state) for beta2, state in found if "step" in state]
@@ -284,7 +301,8 @@ def chosen_betas(optimizer: Optimizer, model: Module | None = None) -> dict[str,
         optimizer: One of this package's, also inside the wrappers of accelerate, Lightning, DeepSpeed and
             ZeroRedundancyOptimizer.
         model: Gives the parameters' names. Without it they are those the optimizer was built with
-            (``Sadam(model.named_parameters())``), or else ``"group.index"``.
+            (``Sadam(model.named_parameters())``), or else ``"group.index"``; the pieces of DeepSpeed's ZeRO-3, which
+            are in no group, are ``"flat.index"``.
 
     Returns:
         From name to beta, in the optimizer's order. Under "auto", 0.0 means not measured yet: the parameter has not
@@ -297,10 +315,16 @@ def chosen_betas(optimizer: Optimizer, model: Module | None = None) -> dict[str,
     if "beta" not in getattr(optimizer, "defaults", {}):
         raise TypeError(f"{type(optimizer).__name__} has no softplus beta: only this package's optimizers have one")
     names = {} if model is None else moments.names(model)
-    betas = {}
-    for i, group in enumerate(optimizer.param_groups):
+    betas, groups = {}, optimizer.param_groups
+    for i, group in enumerate(groups):
         for j, p in enumerate(group["params"]):
-            name = names.get(p) or (group["param_names"][j] if "param_names" in group else f"{i}.{j}")
-            auto = group["beta"] == "auto"
-            betas[name] = optimizer.state.get(p, {}).get("beta", 0.0) if auto else float(group["beta"])
+            betas[moments.label(names, groups, i, j)] = _beta(optimizer.state.get(p, {}), group)
+    listed = {p for group in groups for p in group["params"]}
+    if len({group["beta"] for group in groups}) == 1:  # under DeepSpeed ZeRO-3 no group lists the pieces with a state
+        for k, piece in enumerate(piece for piece in optimizer.state if piece not in listed):
+            betas[f"flat.{k}"] = _beta(optimizer.state[piece], groups[0])
     return betas
+
+
+def _beta(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
+    return state.get("beta", 0.0) if group["beta"] == "auto" else float(group["beta"])

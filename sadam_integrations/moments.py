@@ -116,6 +116,14 @@ def names(model: Module) -> dict[Tensor, str]:
     return {p: _clean(name) for name, p in model.named_parameters()}
 
 
+def label(known: Mapping[Tensor, str], groups: Sequence[Mapping[str, Any]], i: int, j: int) -> str:
+    """What a parameter of a group is called: its known name, the one the group was built with, or ``"group.index"``."""
+    group = groups[i]
+    built = group.get("param_names", ())
+    given = len(built) == len(group["params"])  # ZeRO puts one flat piece in the place of many parameters
+    return known.get(group["params"][j]) or (_clean(built[j]) if given else f"{i}.{j}")
+
+
 def _clean(name: str) -> str:
     return re.sub(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name)
 
@@ -125,8 +133,7 @@ def _entries(inner: Any, groups: list[dict[str, Any]], known: dict[Tensor, str])
     for i, group in enumerate(groups):
         for j, p in enumerate(group["params"]):
             listed.add(p)
-            name = known.get(p) or (_clean(group["param_names"][j]) if "param_names" in group else f"{i}.{j}")
-            yield from _entry((i, j), name, inner.state.get(p), group)
+            yield from _entry((i, j), label(known, groups, i, j), inner.state.get(p), group)
     rules = [[group.get(key) for key in ("betas", "beta", "eps", "bias_correction", "step")] for group in groups]
     if all(rule == rules[0] for rule in rules):  # under DeepSpeed ZeRO-3 no group lists the pieces that have a state
         for k, piece in enumerate(piece for piece in inner.state if piece not in listed):

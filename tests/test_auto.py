@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import sys
 import warnings
+from types import ModuleType
 
 import pytest
 import torch
@@ -176,6 +178,33 @@ def test_flat_pieces_of_fsdp1_are_measured_and_that_is_said_once():
         optimizer.step()
     assert optimizer.state[piece]["beta"] > 0
     optimizer.step()
+
+
+@pytest.mark.filterwarnings("error")
+def test_flat_pieces_of_deepspeed_are_measured_and_that_is_said(monkeypatch):
+    net = torch.nn.Linear(4, 4)
+    optimizer = SadamW(net.named_parameters())
+    piece = torch.ones(40).requires_grad_()  # ZeRO puts one such tensor, which is no Parameter, in a group's place
+    optimizer.param_groups[0]["params"] = [piece]
+    piece.grad = torch.randn(40)
+    comm = ModuleType("deepspeed.comm")
+    comm.is_initialized = lambda: True
+    monkeypatch.setitem(sys.modules, "deepspeed.comm", comm)
+    with pytest.warns(UserWarning, match="flat pieces that DeepSpeed hands.*give beta a number"):
+        optimizer.step()
+    optimizer.step()
+    betas = chosen_betas(optimizer)
+    assert list(betas) == ["0.0"] and betas["0.0"] > 0  # no name: it holds all the parameters
+
+    optimizer.param_groups[0]["params"] = []  # between the steps of ZeRO-3
+    assert chosen_betas(optimizer) == {"flat.0": betas["0.0"]}
+    own = SadamW([p := torch.nn.Parameter(torch.ones(40))])
+    p.grad = torch.randn(40)
+    own.step()  # a user's own parameter with one dimension
+    comm.is_initialized = lambda: False
+    plain = SadamW([p := torch.ones(40).requires_grad_()])
+    p.grad = torch.randn(40)
+    plain.step()
 
 
 # 5. Never fooled
