@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import hf_tiny
 import pytest
@@ -256,20 +257,43 @@ def test_adam_epsilon_is_answered(tmp_path, messages):
     assert "adam_epsilon=1e-06 has no effect: Sadam has no epsilon" in line and "eps" not in kwargs
 
 
-def test_deepspeed_may_not_put_its_own_adam_in_place(tmp_path, messages):
+OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+
+
+def test_deepspeed_may_not_put_its_own_adam_in_place(tmp_path):
     args = hf_tiny.arguments(tmp_path, optim="sadam")
-    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    args.hf_deepspeed_config = HfDeepSpeedConfig(offload)
-    with pytest.raises(ValueError, match='DeepSpeedCPUAdam instead of Sadam: add "zero_force_ds_cpu_optimizer": false'):
+    message = 'DeepSpeedCPUAdam instead of Sadam: add "zero_force_ds_cpu_optimizer": false'
+    args.hf_deepspeed_config = HfDeepSpeedConfig(OFFLOAD)
+    with pytest.raises(ValueError, match=message):
         Trainer.get_optimizer_cls_and_kwargs(args)
     for harmless in (
-        {**offload, "zero_force_ds_cpu_optimizer": False},
+        {**OFFLOAD, "zero_force_ds_cpu_optimizer": False},
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}},
         {"zero_optimization": {"stage": 2}},
     ):
         args.hf_deepspeed_config = HfDeepSpeedConfig(harmless)
         assert Trainer.get_optimizer_cls_and_kwargs(args)[0] is OPTIMIZERS["sadam"]
-    assert len([line for line in messages() if "flat pieces" in line]) == 1
+    args.hf_deepspeed_config = None  # accelerate launch brings a plugin instead
+    args.deepspeed_plugin = SimpleNamespace(hf_ds_config=HfDeepSpeedConfig(OFFLOAD))
+    with pytest.raises(ValueError, match=message):
+        Trainer.get_optimizer_cls_and_kwargs(args)
+
+
+def test_deepspeeds_optimizer_section_may_not_override_optim(tmp_path):
+    section = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "zero_optimization": {"stage": 2}}
+    for optim, attribute, value in (
+        ("sadamw", "hf_deepspeed_config", HfDeepSpeedConfig(section)),
+        ("samsgrad", "deepspeed_plugin", SimpleNamespace(hf_ds_config=HfDeepSpeedConfig(section))),
+    ):
+        trainer = hf_tiny.trainer(tmp_path, optim=optim)
+        setattr(trainer.args, attribute, value)
+        trainer.optimizer = object()  # the Trainer puts a dummy there, and never asks for the optimizer of this name
+        with pytest.raises(ValueError, match=f'"optimizer" section.* train with AdamW instead of optim="{optim}"'):
+            trainer.create_optimizer()
+    trainer = hf_tiny.trainer(tmp_path, optim="adamw_torch")
+    trainer.args.hf_deepspeed_config = HfDeepSpeedConfig(section)
+    trainer.optimizer = dummy = object()
+    assert trainer.create_optimizer() is dummy
 
 
 # Training

@@ -76,7 +76,7 @@ def _build(args: Any) -> tuple[type[Optimizer], dict[str, Any]]:
     name = str(getattr(args.optim, "value", args.optim))
     cls = OPTIMIZERS[name]
     kwargs = optimizer_kwargs(name, cls, args)
-    _check_deepspeed(cls.__name__, args, kwargs.get("beta", "auto"))
+    _check_offload(cls.__name__, args)
     if args.adam_epsilon != getattr(type(args), "adam_epsilon", 1e-8):
         logger.warning(
             f"adam_epsilon={args.adam_epsilon} has no effect: {cls.__name__} has no epsilon, the floor of its "
@@ -91,10 +91,15 @@ def _build(args: Any) -> tuple[type[Optimizer], dict[str, Any]]:
     return cls, kwargs
 
 
-def _check_deepspeed(cls_name: str, args: Any, beta: Any) -> None:
-    """Raises if accelerate would put DeepSpeed's own Adam in the optimizer's place, which it does without a word."""
+def _deepspeed_config(args: Any) -> Any:
+    """DeepSpeed's configuration, which comes from the ``deepspeed`` argument or from ``accelerate launch``, or None."""
     plugin = getattr(args, "deepspeed_plugin", None)
-    config = getattr(args, "hf_deepspeed_config", None) or getattr(plugin, "hf_ds_config", None)
+    return getattr(args, "hf_deepspeed_config", None) or getattr(plugin, "hf_ds_config", None)
+
+
+def _check_offload(cls_name: str, args: Any) -> None:
+    """Raises if accelerate would put DeepSpeed's own Adam in the optimizer's place, which it does without a word."""
+    config = _deepspeed_config(args)
     if config is None:
         return
     device = config.get_value("zero_optimization.offload_optimizer.device", "none")
@@ -103,11 +108,6 @@ def _check_deepspeed(cls_name: str, args: Any, beta: Any) -> None:
             f"the DeepSpeed configuration offloads the optimizer (zero_optimization.offload_optimizer.device="
             f"{device!r}), and accelerate would train with DeepSpeedCPUAdam instead of {cls_name}: add "
             f'"zero_force_ds_cpu_optimizer": false to the configuration, or remove offload_optimizer from it'
-        )
-    if beta == "auto" and config.get_value("zero_optimization.stage", 0):
-        logger.warning_once(
-            f'{cls_name}: beta="auto" measures the flat pieces that DeepSpeed\'s ZeRO hands to the optimizer, not '
-            f"whole parameters. To have one floor for all, give beta a number in optim_args."
         )
 
 
@@ -124,7 +124,26 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_optimizer_cls_and_kwargs
 
 
+def _wrap_creation(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The Trainer's ``create_optimizer``, which it calls before training also where DeepSpeed builds the optimizer."""
+
+    @functools.wraps(original)
+    def create_optimizer(self, *args, **kwargs):
+        config = _deepspeed_config(self.args)
+        if self.args.optim in OPTIMIZERS and config is not None and (section := config.get_value("optimizer")):
+            name = str(getattr(self.args.optim, "value", self.args.optim))
+            raise ValueError(
+                f'the DeepSpeed configuration has an "optimizer" section, and DeepSpeed would train with '
+                f'{section.get("type")} instead of optim="{name}": remove the section from the configuration. What it '
+                f"says of lr, betas and weight_decay is said by learning_rate, adam_beta1, adam_beta2 and weight_decay"
+            )
+        return original(self, *args, **kwargs)
+
+    return create_optimizer
+
+
 for _name in OPTIMIZERS:
     _add_member(_name)
 if not hasattr(Trainer.get_optimizer_cls_and_kwargs, "_knows_sadam"):
     Trainer.get_optimizer_cls_and_kwargs = staticmethod(_wrap(Trainer.get_optimizer_cls_and_kwargs))  # type: ignore[method-assign]
+    Trainer.create_optimizer = _wrap_creation(Trainer.create_optimizer)  # type: ignore[method-assign]
