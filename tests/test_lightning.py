@@ -9,6 +9,7 @@ import inspect
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -497,6 +498,18 @@ def test_use_optimizer_says_that_it_drops_a_scheduler(form):
     with pytest.warns(UserWarning, match=r"scheduler of Lit\.configure_optimizers \(StepLR\) is dropped.*subclass"):
         trainer = fit(module, callbacks=[UseOptimizer(sadamw())])
     assert not trainer.lr_scheduler_configs and same(module, by_hand(sadamw()))
+
+
+def test_use_optimizer_refuses_a_deepspeed_configuration_with_an_optimizer_of_its_own():
+    trainer = SimpleNamespace(
+        strategy=SimpleNamespace(config={"optimizer": {"type": "AdamW"}, "zero_optimization": {}})
+    )
+    module = lit(torch.optim.SGD)
+    with pytest.raises(ValueError, match="would train with AdamW without calling configure_optimizers: remove"):
+        UseOptimizer().setup(trainer(optimizer={"type": "AdamW"}), module, "fit")
+    assert "configure_optimizers" not in vars(module)
+    UseOptimizer().setup(trainer(), module, "fit")
+    assert "configure_optimizers" in vars(module)
 
 
 @pytest.mark.filterwarnings("error:UseOptimizer")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -32,7 +32,8 @@ class UseOptimizer(*_callbacks()):  # type: ignore[misc]
             ``lambda groups: Sadam(groups, lr=2e-4)``. None is SadamW: the groups are for its weight decay.
 
     Raises:
-        ValueError: If the module's own ``configure_optimizers`` returns more than one optimizer; raised by ``fit``.
+        ValueError: If the module's own ``configure_optimizers`` returns more than one optimizer, or DeepSpeed's
+            configuration has an optimizer of its own; raised by ``fit``.
 
     Example::
 
@@ -48,6 +49,12 @@ class UseOptimizer(*_callbacks()):  # type: ignore[misc]
         """Replaces the module's ``configure_optimizers`` for the time of ``fit``."""
         if stage != "fit":
             return
+        config = getattr(trainer.strategy, "config", None)  # DeepSpeedStrategy has one
+        if isinstance(config, Mapping) and "optimizer" in config:
+            raise ValueError(
+                f'UseOptimizer: the DeepSpeed configuration has an "optimizer" section, and DeepSpeed would train with '
+                f"{config['optimizer'].get('type')} without calling configure_optimizers: remove the section"
+            )
         own = pl_module.configure_optimizers
         name = "configure_optimizers"
         if name in vars(pl_module):  # LightningCLI puts one on the module itself
