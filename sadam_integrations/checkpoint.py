@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sadam_integrations.arguments import check
@@ -31,9 +33,11 @@ def adopt(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         A state dict for ``torch.optim.Optimizer.load_state_dict``.
 
     Raises:
-        ValueError: If a value in it is not valid.
+        ValueError: If it is no optimizer's state dict, or a value in it is not valid.
+        TypeError: If a value in it has the wrong type.
     """
     name = type(optimizer).__name__
+    _check_form(f"{name}.load_state_dict", state_dict)
     groups = []
     for i, saved in enumerate(state_dict["param_groups"]):
         mine = optimizer.param_groups[i] if i < len(optimizer.param_groups) else optimizer.defaults
@@ -56,12 +60,18 @@ def adopt(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         groups.append(loaded)
 
     keys = (*MOMENTS, "beta", *(["max_exp_avg_sq"] if optimizer._amsgrad else []))
+    known = {i for group in groups for i in group["params"]}
     state = {}
     for i, saved in state_dict["state"].items():
-        if all(key in saved for key in MOMENTS):
+        if i in known and all(key in saved for key in MOMENTS):
             state[i] = {key: saved[key] for key in keys if key in saved}
             _check_state(f"{name}.load_state_dict, parameter {i}", state[i])
-    if missing := len(state_dict["state"]) - len(state):
+    if unknown := [i for i in state_dict["state"] if i not in known]:
+        _warn(
+            f"{name}: the checkpoint has the state of {len(unknown)} parameters that are in none of its groups, such "
+            f"as {unknown[0]!r}: it is left out."
+        )
+    if missing := len(state_dict["state"]) - len(unknown) - len(state):
         _warn(
             f"{name}: the checkpoint has no moments of Adam's kind ({', '.join(MOMENTS)}) for {missing} parameters: "
             f"theirs start from zero."
@@ -69,8 +79,54 @@ def adopt(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": state, "param_groups": groups}
 
 
+def check_shapes(name: str, groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> None:
+    """Raises if the moments of a parameter do not have its shape: those of another model, in most cases.
+
+    Args:
+        name: The optimizer's class.
+        groups: Its parameter groups.
+        state: The state that each of their parameters is about to get.
+
+    Raises:
+        ValueError: If one does not fit.
+    """
+    for i, p in enumerate(p for group in groups for p in group["params"]):
+        for key, value in state.get(p, {}).items():
+            if key in ("step", "beta") or not isinstance(value, Tensor):
+                continue
+            if value.layout != torch.strided:
+                raise ValueError(
+                    f"{name}: {key} of parameter {i} is a tensor of layout {value.layout}, not a dense one"
+                )
+            if value.shape != p.shape:
+                raise ValueError(
+                    f"{name}: {key} of parameter {i} has the shape {tuple(value.shape)} and the parameter "
+                    f"{tuple(p.shape)}: the checkpoint is of another model, or its parameters are in another order"
+                )
+
+
+def _check_form(source: str, state_dict: Any) -> None:
+    if not (isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict)):
+        held = ", ".join(map(str, list(state_dict)[:6])) if isinstance(state_dict, Mapping) else ""
+        raise ValueError(
+            f"{source}: a {type(state_dict).__name__} ({held or 'nothing in it that is known'}) is not an optimizer's "
+            f"state dict, which has state and param_groups: it may be one part of what was saved"
+        )
+    groups, states = state_dict["param_groups"], state_dict["state"]
+    whole = isinstance(groups, (list, tuple)) and isinstance(states, Mapping)
+    if not whole or not all(isinstance(g, Mapping) and isinstance(g.get("params"), (list, tuple)) for g in groups):
+        raise ValueError(f"{source}: param_groups is not a list of groups with params: the checkpoint is damaged")
+    for i, saved in states.items():
+        if not isinstance(saved, Mapping):
+            raise ValueError(
+                f"{source}, parameter {i}: a {type(saved).__name__} is not its state: the checkpoint is damaged"
+            )
+
+
 def _check_state(source: str, state: dict[str, Any]) -> None:
-    step = state["step"].item() if isinstance(state["step"], Tensor) else state["step"]
+    step = state["step"]
+    if isinstance(step, Tensor) and step.numel() == 1:
+        step = step.item()
     if not isinstance(step, (int, float)) or not 0 <= step < math.inf:
         raise ValueError(f"{source}: step={step!r} is not a count of steps: the checkpoint is damaged")
     for key in set(state) - {"step", "beta"}:

@@ -234,11 +234,13 @@ class Sadam(Optimizer):
 
         Raises:
             ValueError: If the checkpoint does not fit; nothing has been changed then.
+            TypeError: If a value in it has the wrong type; likewise.
         """
         super().load_state_dict(checkpoint.adopt(self, state_dict))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Completes what an older version, an Adam checkpoint or a pickle may lack."""
+        """Completes what an older version, an Adam checkpoint or a pickle may lack; moments that do not fit are refused."""
+        checkpoint.check_shapes(type(self).__name__, state["param_groups"], state["state"])
         super().__setstate__(state)
         _MEMOS.pop(self, None)
         for group in self.param_groups:
@@ -248,7 +250,7 @@ class Sadam(Optimizer):
             for p in group["params"]:
                 if "step" in (saved := self.state.get(p, {})):
                     device = p.device if on_device else "cpu"
-                    saved["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).to(device)
+                    saved["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).to(device).squeeze()
 
 
 class SAMSGrad(Sadam):
