@@ -239,7 +239,7 @@ class Sadam(Optimizer):
         super().load_state_dict(checkpoint.adopt(self, state_dict))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Completes what an older version, an Adam checkpoint or a pickle may lack; moments that do not fit are refused."""
+        """Completes what an older version, an Adam checkpoint or a pickle may lack; refuses moments that do not fit."""
         checkpoint.check_shapes(type(self).__name__, state["param_groups"], state["state"])
         super().__setstate__(state)
         _MEMOS.pop(self, None)
