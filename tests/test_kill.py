@@ -171,7 +171,7 @@ def test_a_vit_killed_ten_times_ends_as_if_it_had_not_been(vit, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_bert_killed_ten_times_ends_as_if_it_had_not_been(bert, seed):
-    bert.arguments += ["--epochs", "30", "--evaluations", "30"]
+    bert.arguments += ["--epochs", "12", "--evaluations", "24"]
     whole = bert.whole("whole")
     where = kill_over_and_over(bert, "killed", KILLS, seed)
     assert bert.whole("killed") == whole

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.training_args import OptimizerNames
 
 import sadam_integrations.huggingface  # noqa: F401  (its import registers the names)
 from sadam_integrations.factory import PEERS, create_optimizer, optimizer_class
+from sadam_integrations.run_folder import RecipeError
 
 logger = logging.getLogger(__name__)
 
@@ -123,15 +127,44 @@ def last_checkpoint(folder: Path) -> str | None:
     """Returns the newest complete checkpoint, or None.
 
     Args:
-        folder: Where the Trainer saves. It writes a checkpoint's state last, so one that was cut short has none.
+        folder: Where the Trainer saves. Its main process writes a checkpoint's state last, so one that was cut short
+            has none; the other processes write the states of their random numbers at any time until then or after.
+
+    Raises:
+        RecipeError: If a file of that checkpoint is not whole: it has been damaged since.
     """
     complete = []
     for state in folder.glob("checkpoint-*/trainer_state.json"):
         try:
-            complete.append((json.loads(state.read_text())["global_step"], str(state.parent)))
-        except ValueError:
+            step = int(json.loads(state.read_text())["global_step"])
+        except (ValueError, TypeError, KeyError):
             continue
-    return max(complete)[1] if complete else None
+        if _has_random_states(state.parent):
+            complete.append((step, state.parent))
+    if not complete:
+        return None
+    checkpoint = max(complete)[1]
+    for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.safetensors")):
+        if not (zipfile.is_zipfile(file) if file.suffix == ".pt" else _is_safetensors(file)):
+            raise RecipeError(f"{file} is damaged: give --overwrite true to start again, or another --output_dir")
+    return str(checkpoint)
+
+
+def _has_random_states(checkpoint: Path) -> bool:
+    """Whether the states of the random numbers are whole, and those of all processes there."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    files = list(checkpoint.glob("rng_state*.pth"))
+    alone = processes == 1 or [file.name for file in files] == ["rng_state.pth"]
+    return all(map(zipfile.is_zipfile, files)) and (alone or len(files) >= processes)
+
+
+def _is_safetensors(file: Path) -> bool:
+    """Whether the file is as long as its header says."""
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def points(log_history: list[dict[str, float]]) -> dict[str, list[dict[str, float]]]:

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -189,10 +188,20 @@ class EpochCheckpoint(Checkpoint):
         self.path = folder / "last.ckpt"
 
     def last(self) -> Path | None:
-        """Returns the checkpoint to resume from, or None; an error if the file is not whole."""
-        if self.path.is_file() and not zipfile.is_zipfile(self.path):  # what torch saves is a zip file
-            raise RecipeError(f"{self.path} is damaged: give --overwrite true to start again, or another --output_dir")
-        return self.path if self.path.is_file() else None
+        """Returns the checkpoint to resume from, or None; an error if the file is not whole, or holds code.
+
+        It is read here without running any code. Lightning, which reads it again, would run it.
+        """
+        if not self.path.is_file():
+            return None
+        try:
+            torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch has no error of its own: pickle's, RuntimeError, EOFError and more
+            what = "holds code, which is not run" if "GLOBAL" in str(error) else "is damaged"
+            raise RecipeError(
+                f"{self.path} {what}: give --overwrite true to start again, or another --output_dir"
+            ) from None
+        return self.path
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves."""
