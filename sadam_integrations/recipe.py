@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import importlib.util
 import json
 import logging
@@ -76,22 +77,44 @@ def main(
         config = parse(config_class, sys.argv[1:] if argv is None else argv, doc, default_config)
         run(config)
     except (RecipeError, OSError) as error:  # an OSError names the file: a full disk, a folder that cannot be written
-        logging.getLogger(__name__).error("%s", error, exc_info=isinstance(error, OSError))
-        if is_main_process():
-            print(f"error: {error}", file=sys.stderr)
-        elif config:  # what is wrong in the command line is said once
-            print(f"error in process {os.environ['RANK']}: {error}", file=sys.stderr)
-        return 2
+        return _failed(error, config)
     except KeyboardInterrupt:
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # under torchrun, sadam run says it
             say(interrupted(bool(config and config.overwrite)), sys.stderr)
         return 130
-    except Exception:
+    except Exception as error:
+        if _not_written(error):
+            return _failed(error, config)
         logging.getLogger(__name__).exception("the run ended with an error")
         raise
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them
     return 0
+
+
+def _failed(error: Exception, config: Any) -> int:
+    """Says what was wrong; the log also has the stack trace of what is not a mistake in the config."""
+    logging.getLogger(__name__).error("%s", error, exc_info=not isinstance(error, RecipeError))
+    message = str(error)
+    if config and (what := _not_written(error)):
+        message = f"output_dir: {config.output_dir} cannot be written to ({what}): the same command goes on from the "
+        message += "last checkpoint, if there is one"
+    if is_main_process():
+        print(f"error: {message}", file=sys.stderr)
+    elif config:  # what is wrong in the command line is said once
+        print(f"error in process {os.environ['RANK']}: {message}", file=sys.stderr)
+    return 2
+
+
+def _not_written(error: Exception) -> str | None:
+    """What is wrong if the disk is full; torch and safetensors have errors of their own for that, without a file."""
+    if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG):
+        return str(error.strerror)
+    if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):
+        return str(error).partition("I/O error: ")[2]
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):
+        return "the disk may be full"
+    return None
 
 
 def interrupted(overwrite: bool = False) -> str:

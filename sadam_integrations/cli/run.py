@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import os
+import signal
 import sys
 
 from sadam_integrations.cli.recipes import find
@@ -44,10 +46,18 @@ def go(args: argparse.Namespace) -> int:
     parser.add_argument("--nproc", type=int, default=args.nproc)
     own, keys = parser.parse_known_args(args.keys)
     if own.nproc is None or "RANK" in os.environ:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_launcher()
         return load(path, "main").main(keys)
     if own.nproc < 1:
         raise RecipeError(f"--nproc: {own.nproc} is not valid, it is at least 1")
     return torchrun(own.nproc, ["-m", "sadam_integrations", "run", str(path), *keys])
+
+
+def end_with_launcher() -> None:
+    """Has Linux kill this process when torchrun, which started it, is killed: it would train on in a locked folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # 1 is PR_SET_PDEATHSIG
 
 
 def torchrun(processes: int, words: list[str]) -> int:
