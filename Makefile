@@ -5,7 +5,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help demo test test-all test-gpu lint format wheel clean
+.PHONY: help demo test test-all test-gpu lint errors format wheel clean
 
 help: ## Lists the targets (what `make` alone does)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -28,6 +28,10 @@ lint: .venv/.dev ## ruff, mypy and the small checks of .pre-commit-config.yaml
 	else \
 		$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy; \
 	fi
+
+errors: .venv/.dev ## Writes docs/errors.md from tests/errors, which provokes every message
+	PYTHONPATH=tests $(BIN)/python -m errors > .errors.md
+	mv .errors.md docs/errors.md
 
 format: .venv/.dev ## Formats the code and mends what ruff can mend
 	$(BIN)/ruff check --fix .

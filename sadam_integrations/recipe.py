@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import reprlib
 import shutil
 import sys
 import typing
@@ -180,6 +181,8 @@ def parse(config_class: type[C], argv: Sequence[str], doc: str | None, default_c
         for key, value in values.items():
             if value == "":
                 raise RecipeError(f"{key}: it is empty, which is not a value; null means none")
+            if isinstance(value, str) and "\0" in value:
+                raise RecipeError(f"{key}: {value!r}: it has a character that no name has, a NUL: remove it")
             if isinstance(value, str) and value.startswith("~"):
                 values[key] = os.path.expanduser(value)
         if twice := [key for key in values.get("optimizer_args") or {} if key in hints]:
@@ -220,7 +223,7 @@ def _holds_keys(file: Path) -> bool:
     except (ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"config: {file} is not YAML: {' '.join(str(error).split())}") from None
     if content is not None and not isinstance(content, dict):
-        raise RecipeError(f"config: {file} holds {content!r}, not keys with values such as lr: 1e-3")
+        raise RecipeError(f"config: {file} holds {reprlib.repr(content)}, not keys with values such as lr: 1e-3")
     return content is not None
 
 
@@ -292,6 +295,11 @@ def load(path: Path, *needed: str) -> ModuleType:
     except ModuleNotFoundError as error:
         hint = ': pip install "sadam-integrations[recipes]"' if recipes_folder() in path.resolve().parents else ""
         raise RecipeError(f"{path.name} needs {error.name}, which is not installed{hint}") from None
+    except (SyntaxError, ValueError) as error:
+        if isinstance(error, ValueError) and not isinstance(error, UnicodeError) and "null bytes" not in str(error):
+            raise
+        where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        raise RecipeError(f"{path}{where} is not Python: {str(error).splitlines()[0]}") from None
     if missing := [attribute for attribute in needed if not hasattr(module, attribute)]:
         raise RecipeError(f"{path} is not a recipe that can do this: it has no {', '.join(missing)}")
     return module

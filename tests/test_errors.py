@@ -10,6 +10,7 @@ from pathlib import Path
 
 import errors
 import pytest
+from errors import places
 from errors.sites import sites
 
 for module in ("jsonargparse", "transformers", "lightning", "datasets", "evaluate", "matplotlib"):
@@ -19,10 +20,6 @@ TESTS = Path(__file__).parent
 ROWS = [row for rows in errors.sections().values() for row in rows]
 PROVOKED = [row for row in ROWS if not isinstance(row.provoke, str)]
 ELSEWHERE = [row for row in ROWS if isinstance(row.provoke, str)]
-
-
-def places(row):
-    return [site for site in sites() if row.says in site.template]
 
 
 def test_each_row_is_one_message():
@@ -54,7 +51,7 @@ def test_the_message(row, tmp_path, monkeypatch, caplog):
 
 
 @functools.cache
-def tests_of(file):
+def source_of(file):
     """The tests of a file by name, with their decorators, as plain text: strings joined, no backslashes."""
     source = (TESTS / file).read_text(encoding="utf-8")
     lines = source.splitlines()
@@ -69,10 +66,11 @@ def tests_of(file):
 @pytest.mark.parametrize("row", ELSEWHERE, ids=lambda row: row.says)
 def test_the_test_that_provokes_it_looks_for_words_of_the_message(row):
     file, _, name = row.provoke.partition("::")
-    text = tests_of(file)[name]
-    words = [part for part in re.split(r"<[^<>]*>", places(row)[0].template) if len(part.split()) > 2]
-    runs = [" ".join(part.split()[i : i + 3]) for part in words for i in range(len(part.split()) - 2)]
-    assert any(run.rstrip(":,.") in text for run in runs), runs
+    text = source_of(file)[name]
+    words = [part for part in re.split(r"<[^<>]*>", places(row)[0].template) if len(part.split()) > 1]
+    runs = [part.split()[i : i + n] for n in (2, 3) for part in words for i in range(len(part.split()) - n + 1)]
+    told = [" ".join(run).strip(":,.()") for run in runs]
+    assert any(run in text for run in told if len(run) >= 8), told
 
 
 def test_the_page_is_up_to_date():

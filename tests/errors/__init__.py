@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from errors.sites import Site, sites
+
 
 class Row(NamedTuple):
     """One message.
@@ -60,16 +62,18 @@ def sections() -> dict[str, list[Row]]:
     }
 
 
+def places(row: Row) -> list[Site]:
+    """Returns where a row's message is given: the place with just these words, or those whose message has them."""
+    return [site for site in sites() if site.template == row.says] or [s for s in sites() if row.says in s.template]
+
+
 def page() -> str:
     """Returns docs/errors.md."""
-    from errors.sites import sites
-
-    every = sites()
     lines = [INTRODUCTION]
     for title, rows in sections().items():
         lines += [f"## {title}\n", "| message | as | cause | fix |", "|---|---|---|---|"]
         for row in rows:
-            site = next(site for site in every if row.says in site.template)
+            site = places(row)[0]
             cells = (f"`{site.template}`", site.told_as, row.cause, row.fix)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")

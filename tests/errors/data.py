@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-
 from types import SimpleNamespace
 
 from errors import Row
 from errors.provoking import bert, recipe, vit
-
 from sadam_integrations import augment, images
 
 GOOD = "text,label\n" + "a,0\nb,1\n" * 10
@@ -83,7 +81,7 @@ def floating_grey(place):
 
 TEXT = [
     Row(
-        "is none of <…>",
+        "<key>: <file> is none of",
         bert("--train_file", "train.txt", files={"train.txt": GOOD}),
         "The file's ending is none that can be read.",
         "Convert it to one that the message lists.",
@@ -165,7 +163,7 @@ IMAGES = [
         "Move them there.",
     ),
     Row(
-        "it needs a sub-folder for each class",
+        "<path> has one class only",
         folder("ant/a.png"),
         "There is one sub-folder with images.",
         "Add one for each further class.",

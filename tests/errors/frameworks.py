@@ -6,9 +6,9 @@ import pickle
 from pathlib import Path
 
 import torch
+
 from errors import Row
 from errors.provoking import optim_args, saved, starts, stepped, without, write
-
 from sadam_integrations import alr, launch
 from sadam_integrations.conversion import advise
 
@@ -28,16 +28,16 @@ def cannot_write(place):
     """A folder that became a file while the monitor was at work."""
     from sadam_integrations.huggingface import ALRCallback
 
-    monitor = ALRCallback(folder=place / "run").monitor
+    monitor = ALRCallback(folder=place / "run")._monitor
     write(place, {"run": "a file"})
     monitor.measure([stepped(torch.optim.AdamW)], None, 1, True)
 
 
 def of_another_kind(place):
     class Other(torch.optim.AdamW):
-        def __init__(self, params, nesterov=True):
+        def __init__(self, params, partial=0.5):
             super().__init__(params)
-            self.defaults["nesterov"] = nesterov
+            self.param_groups[0]["partial"] = partial
 
     alr.sample(stepped(Other))
 

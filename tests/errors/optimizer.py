@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
+
 from errors import Row
-from errors.provoking import build, load, one, stepped
-
+from errors.provoking import build, load, one
 from sadam_integrations import Sadam, SadamW, create_optimizer, param_groups
-
-
 
 
 def changed(key, value):
@@ -18,10 +16,11 @@ def changed(key, value):
     return lambda saved: saved["state"][0].update({key: value})
 
 
+AS_IN_ADAMW = {"weight_decay": 0.1, "decoupled_weight_decay": True}
+
+
 def without_moments(saved):
     saved["state"][0] = {"momentum_buffer": torch.zeros(3)}
-
-
 
 
 BUILDING = [
@@ -239,7 +238,7 @@ STEPPING = [
 
 LOADING = [
     Row(
-        "step=<step> is not a count of steps",
+        "is not a count of steps: the checkpoint",
         load(changed("step", torch.tensor(-1.0))),
         "The file is damaged, or another program changed it.",
         "Load an older checkpoint.",
@@ -270,8 +269,8 @@ LOADING = [
     ),
     Row(
         "the checkpoint's weight_decay=",
-        load(lambda saved: saved["param_groups"][0].update(weight_decay=0.1), cls=Sadam),
-        "A checkpoint of SadamW or AdamW went into Sadam or SAMSGrad, or the other way round.",
+        load(lambda saved: saved["param_groups"][0].update(AS_IN_ADAMW), cls=Sadam),
+        "A checkpoint of AdamW went into Sadam or SAMSGrad, or one of Adam into SadamW or SAMSGradW.",
         "Take the class with the same form, or tune `weight_decay` again.",
     ),
 ]

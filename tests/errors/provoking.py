@@ -78,7 +78,10 @@ def said(call):
         except SystemExit as stop:
             code = stop.code
     text = err.getvalue()
-    assert code == 2 and text.count("error: ") == 1 and "Traceback" not in text, (code, text)
+    assert code == 2 and sum("error: " in line for line in text.splitlines()) == 1 and "Traceback" not in text, (
+        code,
+        text,
+    )
     return text
 
 
