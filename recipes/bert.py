@@ -180,15 +180,16 @@ def run(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         names = label_names(train, config.label_column)
         transformers.set_seed(config.seed)  # the head's first weights
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model_path)
+            tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
             model = AutoModelForSequenceClassification.from_pretrained(
                 model_path,
+                trust_remote_code=False,  # no question whether to run code that comes with a model: it is not
                 num_labels=len(names),
                 id2label=dict(enumerate(map(str, names))),
                 label2id={str(name): i for i, name in enumerate(names)},
             )
         except (OSError, ValueError) as error:
-            raise RecipeError(f"model: {config.model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise RecipeError(f"model: {config.model!r} cannot be loaded: {recipe.reason(error)}") from None
         train = encode(train, config, tokenizer, names)
         validation = encode(validation, config, tokenizer, names)
     model.accepts_loss_kwargs = False  # BERT's loss is a mean over the batch: accumulation has to divide it
@@ -299,7 +300,6 @@ def training_arguments(config: Config) -> tuple[Any, Any]:
 def read_split(config: Config, file: str | None, split: str) -> Any:
     """Returns one split, of a local file or of a dataset on the Hub or that comes along."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
 
     if config.dataset == DEMO_DATA and not config.train_file:
         file = str(recipe.data_file(f"{DEMO_DATA}_{split}.parquet"))
@@ -309,10 +309,8 @@ def read_split(config: Config, file: str | None, split: str) -> Any:
             dataset = load_dataset(FORMATS[Path(file).suffix], data_files=file, split="train")
         else:
             dataset = load_dataset(config.dataset, config.subset, split=split)
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        raise RecipeError(
-            f"dataset: {source} cannot be read: {str(error.__cause__ or error).splitlines()[0]}"
-        ) from None
+    except Exception as error:  # whatever the readers of the formats raise
+        raise RecipeError(f"dataset: {source} cannot be read: {recipe.reason(error)}") from None
     for key in ("text_column", "text_pair_column", "label_column"):
         column = getattr(config, key)
         if column is not None and column not in dataset.column_names:

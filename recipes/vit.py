@@ -364,7 +364,7 @@ def build(config: Config, train: data.Source) -> ViT:
                 config.model, ignore_mismatched_sizes=True, dtype=torch.float32, **labels, **dropout
             )
         except (OSError, ValueError) as error:
-            raise RecipeError(f"model: {config.model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise RecipeError(f"model: {config.model!r} cannot be loaded: {recipe.reason(error)}") from None
     else:
         shape = ViTConfig(
             image_size=config.image_size, patch_size=config.patch_size, num_channels=train.channels(),

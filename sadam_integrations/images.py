@@ -221,9 +221,8 @@ def hub(
     where = f"{name}, split {split}"
     try:
         data = datasets.load_dataset(name, subset, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise RecipeError(f"dataset: {where} cannot be read: {reason}") from None
+    except Exception as error:  # whatever the readers of the formats raise
+        raise RecipeError(f"dataset: {where} cannot be read: {recipe.reason(error)}") from None
     for key, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in data.column_names:
             raise RecipeError(f"{key}: {where} has no column {column!r}, only {', '.join(data.column_names)}")

@@ -45,6 +45,7 @@ __all__ = [
     "main",
     "open_run",
     "parse",
+    "reason",
     "recipes_folder",
     "require",
     "say",
@@ -224,6 +225,8 @@ def _holds_keys(file: Path) -> bool:
         raise RecipeError(f"config: {file} is not YAML: {' '.join(str(error).split())}") from None
     if content is not None and not isinstance(content, dict):
         raise RecipeError(f"config: {file} holds {reprlib.repr(content)}, not keys with values such as lr: 1e-3")
+    if content and "config" in content:
+        raise RecipeError(f"config: {file} names a config of its own: give each with --config, the stronger one last")
     return content is not None
 
 
@@ -250,6 +253,16 @@ def _one_line(message: str, hints: dict[str, Any]) -> str:
         expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("None", "null")
         return f"{found[1]}: {found[2]!r} is not a valid value, expected {expected}"
     return " ".join(message.split())
+
+
+def reason(error: BaseException) -> str:
+    """Returns the first line of what a library says is wrong; of one that says nothing, the kind of error.
+
+    Args:
+        error: What it raised; where that has a cause, the cause says more.
+    """
+    error = error.__cause__ or error
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def require(*modules: str, extra: str = "recipes") -> None:

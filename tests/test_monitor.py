@@ -170,7 +170,7 @@ def test_trainer_every_n_steps(every, logging, steps):
 @pytest.mark.parametrize(
     ("logging", "words"),
     [({"logging_steps": 2}, ["every_n_steps=5", "logging_steps=2"]),
-     ({"logging_strategy": "epoch"}, ["every_n_steps=5 needs logging_strategy='steps'", "this is logging_strategy='epoch'"])],
+     ({"logging_strategy": "epoch"}, ["every_n_steps=5 needs logging_strategy='steps'", "='epoch'"])],
 )  # fmt: skip
 def test_trainer_refuses_an_interval_that_it_never_logs_at(logging, words):
     trainer = hf_tiny.trainer("hf", callbacks=[ALRCallback(every_n_steps=5, folder=".")], **logging)

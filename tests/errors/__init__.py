@@ -26,13 +26,13 @@ class Row(NamedTuple):
 INTRODUCTION = """\
 # Errors and warnings
 
-Every message that the package and its recipes can give, with its cause and its fix. `<name>` stands for a value: `<source>` is
-where it came from, such as `SadamW`, `SadamW.load_state_dict` or the `optim_args` as they were given. An error is raised
-before anything is changed: no parameter, no state, no file.
+Every message that the package and its recipes can give, with its cause and its fix. `<name>` stands for a value:
+`<source>` is where it came from, such as `SadamW`, `SadamW.load_state_dict` or the `optim_args` as they were given. An
+error is raised before anything is changed: no parameter, no state, no file.
 
-What you get is an exception of Python, a warning, a line in the log, or, from the `sadam` command, one line that begins
-with `error:` and the exit code 2. Messages of torch, transformers, Lightning and jsonargparse that these pass on as they are
-are not listed.
+What you get is an exception of Python, a warning, a line in the log, or, from the `sadam` command, one line with
+`error:` and the exit code 2. Messages of torch, transformers, Lightning and jsonargparse that these pass on as they
+are are not listed.
 
 This page is written by `make errors` from the tests that provoke each message.
 """

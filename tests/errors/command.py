@@ -194,7 +194,7 @@ COMPARE = [
         "Delete the folders that are to be made anew.",
     ),
     Row(
-        "<item> is not of the form key=value",
+        "<source>: <item> is not of the form key=value",
         toy("compare", "--optimizers", "sadamw:beta"),
         "What follows the optimizer's colon has no `=`.",
         "`sadamw:beta=50`.",
@@ -361,6 +361,12 @@ CONFIG = [
         "Write a `key: value` a line.",
     ),
     Row(
+        "names a config of its own",
+        bert("--config", "c.yaml", files={"c.yaml": "config: bert_glue\n"}),
+        "A file has the key `config`, and files do not include one another.",
+        "Remove the key, and give both files on the command line.",
+    ),
+    Row(
         "no numbered layers",
         lambda place: shared.layer_scales(["weight"], 0.5),
         "The layers of this model have no numbers in their names, so there is no order among them.",
@@ -414,9 +420,7 @@ CONFIG = [
         "Too few rounds for a quartile, or no threads.",
         "Raise it.",
     ),
-    Row(
-        "'cuda' is not available", no_gpu, "torch sees no GPU.", "Take `device: cpu`; `sadam env` shows what there is."
-    ),
+    Row("'cuda' is not available", no_gpu, "torch sees no GPU.", "Take `cpu`; `sadam env` shows what there is."),
     Row(
         "it takes long to compile",
         "test_step_speed.py::test_what_cannot_be_measured_is_left_out_with_a_line",

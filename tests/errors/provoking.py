@@ -78,10 +78,8 @@ def said(call):
         except SystemExit as stop:
             code = stop.code
     text = err.getvalue()
-    assert code == 2 and sum("error: " in line for line in text.splitlines()) == 1 and "Traceback" not in text, (
-        code,
-        text,
-    )
+    errors = ["error: " in line for line in text.splitlines()]
+    assert code == 2 and sum(errors) == 1 and "Traceback" not in text, (code, text)
     return text
 
 

@@ -37,9 +37,7 @@ class Site(NamedTuple):
             return "`error:` line"
         if self.kind == "ValueError" and self.where.startswith(("recipes/", "sadam_integrations/recipe.py")):
             return "`error:` line"  # what parses the config words it so
-        return {"UserWarning": "warning", "log": "log line", "exit code 1": "exit code 1"}.get(
-            self.kind, f"`{self.kind}`"
-        )
+        return {"UserWarning": "warning", "log": "log line"}.get(self.kind, self.kind)
 
     def matches(self, message: str) -> bool:
         """Whether a message that was told is one of this place."""
