@@ -306,6 +306,9 @@ def read_split(config: Config, file: str | None, split: str) -> Any:
     source = file or f"{config.dataset}, split {split}"
     try:
         if file:
+            with open(file, "rb") as data:
+                if not data.read(100_000).strip(b"nul \t\r\n"):
+                    raise ValueError("it is empty")  # the reader of JSON dies of a file of nulls
             dataset = load_dataset(FORMATS[Path(file).suffix], data_files=file, split="train")
         else:
             dataset = load_dataset(config.dataset, config.subset, split=split)

@@ -127,7 +127,7 @@ def open_run(config: Any, source: str | Path) -> Path:
 def _open_log(path: Path, mode: str) -> None:
     """Sends what this package and the libraries log, and warnings, to a file, until the next run's is opened."""
     handler = logging.FileHandler(path, mode, encoding="utf-8", errors="backslashreplace")
-    handler.handleError = lambda line: None  # type: ignore[method-assign]  # a full disk: what stops the run is said
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: what stops the run is said
     handler.addFilter(lambda line: line.levelno > logging.INFO or line.name.startswith("sadam_integrations"))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("sadam_integrations").setLevel(logging.INFO)

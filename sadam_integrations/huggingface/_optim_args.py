@@ -90,7 +90,6 @@ def _convert(key: str, value: Any, hint: Any, source: str) -> Any:
         except ValueError:
             pass
     text = text if text.isprintable() else repr(text)
-    text = text if text.isprintable() else repr(text)
     raise ValueError(f"{source}: {key}={text} is not valid: {key} is {_describe(hint)}.")
 
 
