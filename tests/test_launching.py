@@ -81,7 +81,6 @@ def test_two_agents_are_two_machines(command, tmp_path):
     """The page's own command, with one process a machine, on this one."""
     words = command.replace("node0", "127.0.0.1").replace("29500", str(free_port())).replace("run_glue.py", str(SCRIPT))
     words = words.replace("--nproc-per-node 8", "--nproc-per-node 1").replace("--num_processes 16", "--num_processes 2")
-    words = words.replace("--multi_gpu", "--cpu")
     quiet = ["--report_to", "none", "--save_strategy", "no", "--use_cpu", "--ddp_backend", "gloo", "--max_steps", "2"]
     agents = []
     for rank in range(2):
