@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -65,10 +66,14 @@ class Runs:
         return code, (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
     def whole(self, name):
-        """Runs to the end, from a checkpoint if there is one; returns what has to be the same, bit for bit."""
+        """Runs to the end, from a checkpoint if there is one; returns what came out."""
         self.start(name)
         code, printed = self.ended(name)
         assert code == 0, printed
+        return self.outcome(name)
+
+    def outcome(self, name):
+        """What has to be the same, bit for bit."""
         folder = self.folder / name
         result = json.loads((folder / "result.json").read_text())
         weights = (folder / "model" / "model.safetensors").read_bytes()
@@ -98,8 +103,8 @@ class Runs:
     def close(self):
         """Ends the worker."""
         if self.worker is not None:
-            self.worker.stdin.close()
-            self.worker.wait(60)
+            self.worker.kill()
+            self.worker.communicate()
 
 
 def kill_over_and_over(runs, name, kills, seed):
@@ -176,3 +181,80 @@ def test_a_bert_killed_ten_times_ends_as_if_it_had_not_been(bert, seed):
     where = kill_over_and_over(bert, "killed", KILLS, seed)
     assert bert.whole("killed") == whole
     assert where.count("amid a save") >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_ctrl_c_and_sigterm_at_any_moment(name, request):
+    """An interrupt is one line and exit code 130; a stopped run ends as if it had not been."""
+    runs = request.getfixturevalue(name)
+    runs.arguments += vit_arguments(12) if name == "vit" else ["--epochs", "6", "--evaluations", "12"]
+    whole, rng = runs.whole("whole"), random.Random(0)
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        process = runs.start("stopped")
+        time.sleep(rng.uniform(0.3, 3))
+        os.kill(process, number)
+        code, printed = runs.ended("stopped")
+        if code == 0:
+            break
+        if number == signal.SIGINT:
+            assert code == 130 and "Traceback" not in printed, printed
+            assert "Interrupted: the same command goes on from the last checkpoint" in printed
+    assert runs.outcome("stopped") == whole if code == 0 else runs.whole("stopped") == whole
+
+
+def ended(process):
+    """Whether a process is over; one that nobody has asked for its exit code stays as a zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] == "Z"
+    except OSError:
+        return True
+
+
+def children(process):
+    """The processes that a process has started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(") ")[2].split()[1]) == process:
+                found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_two_processes_end_with_their_launcher_and_go_on(name, request):
+    """kill -9 reaches the launcher alone; its processes end with it, the folder is free, and the run goes on."""
+    runs = request.getfixturevalue(name)
+    runs.arguments += vit_arguments(10) if name == "vit" else ["--epochs", "8", "--evaluations", "8"]
+    rng = random.Random(0)
+
+    def start(folder):
+        words = [*runs.arguments, "--output_dir", runs.folder / folder]
+        command = [sys.executable, "-m", "sadam_integrations", "run", name, "--nproc", "2", *words]
+        return subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=runs.env
+        )
+
+    def whole(folder):
+        process = start(folder)
+        printed, _ = process.communicate(timeout=280)
+        assert process.returncode == 0, printed
+        return printed
+
+    whole("whole")
+    for _ in range(2):
+        process, begun = start("killed"), list((runs.folder / "killed" / "checkpoints").glob("*"))
+        while list((runs.folder / "killed" / "checkpoints").glob("*")) == begun and process.poll() is None:
+            time.sleep(0.01)
+        workers = children(process.pid)
+        assert len(workers) == 2 and process.poll() is None
+        time.sleep(rng.uniform(0, 0.2))
+        process.kill(), process.communicate()
+        deadline = time.time() + 10
+        while not all(map(ended, workers)) and time.time() < deadline:
+            time.sleep(0.05)
+        assert all(map(ended, workers))
+    assert "Resuming from" in whole("killed")
+    assert runs.outcome("killed") == runs.outcome("whole")

@@ -20,8 +20,9 @@ CLASSES = [Sadam, SAMSGrad, SadamW, SAMSGradW]
 STEPS = int(os.environ.get("SADAM_LONG_STEPS", "100000"))
 LR, DECAY, BETAS = 1e-3, 0.01, (0.9, 0.999)
 RUNS = [(beta, autocast) for beta in ("auto", 50.0) for autocast in (False, True)]
-DRIFT = 2e-3
-"""The largest distance from float64 in any coordinate that is allowed, beside weights of the order of 1."""
+DRIFT = {False: 2e-3, True: 2e-2}
+"""The largest distance from float64 in any coordinate that is allowed beside weights of the order of 1, with coupled
+and with decoupled weight decay, whose factor 0.99999 float32 holds to 0.14 % of the decay and rounds at each step."""
 
 
 class Problem:
@@ -98,6 +99,6 @@ def test_a_hundred_thousand_steps_stay_beside_the_float64_reference(cls):
         for (beta, autocast), far in zip(RUNS, drift[name], strict=True):
             print(f"{cls.__name__} beta={beta} {'bf16-mixed' if autocast else 'float32'} {name}: drift {far:.1e}")
     print(f"{cls.__name__}: {(memory[-1] - memory[1]) / 1024:.0f} KiB more, {objects[-1] - objects[1]:+d} objects")
-    assert all((far < DRIFT).all() for far in drift.values())  # false also for a NaN
+    assert all((far < DRIFT[cls in (SadamW, SAMSGradW)]).all() for far in drift.values())  # false also for a NaN
     assert sizes[0] == sizes[-1] and abs(objects[-1] - objects[1]) < 200
     assert memory[-1] - memory[1] < 4 * 2**20
