@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import resource
 from pathlib import Path
@@ -102,3 +103,59 @@ def test_a_hundred_thousand_steps_stay_beside_the_float64_reference(cls):
     assert all((far < DRIFT[cls in (SadamW, SAMSGradW)]).all() for far in drift.values())  # false also for a NaN
     assert sizes[0] == sizes[-1] and abs(objects[-1] - objects[1]) < 200
     assert memory[-1] - memory[1] < 4 * 2**20
+
+
+# ---------------------------------------------------------------- where half precision stalls
+
+
+def half_precision(make, dtype, steps=3000):
+    """Trains the problem in one precision throughout; returns the loss reached and which part of the weights moved."""
+    problem = Problem()
+    p = torch.nn.Parameter(problem.start.to(dtype))
+    optimizer = make([p])
+    for t in range(1, steps + 1):
+        if t == steps - 499:
+            before = p.detach().clone()
+        p.grad = problem.gradient(p.detach().float(), t, False).to(dtype)
+        optimizer.step()
+    error = problem.inputs @ p.detach().float() - problem.targets
+    return error.square().mean().item(), (p.detach() != before).float().mean().item()
+
+
+OPTIMIZERS = {
+    "Sadam, auto": lambda lr: lambda params: Sadam(params, lr=lr),
+    "Sadam, beta=50": lambda lr: lambda params: Sadam(params, lr=lr, beta=50.0),
+    "AdamW": lambda lr: lambda params: torch.optim.AdamW(params, lr=lr, weight_decay=0.0),
+}
+
+
+@pytest.mark.slow
+def test_half_precision_stalls_as_it_does_in_adamw():
+    """A step under half a unit in the last place of a weight is lost: with a small lr, most of the steps."""
+    found = {}
+    for lr in (1e-2, 1e-3, 1e-4):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for name, make in OPTIMIZERS.items():
+                loss, moved = found[name, lr, dtype] = half_precision(make(lr), dtype)
+                print(f"{name}, lr {lr:g}, {str(dtype)[6:]}: loss {loss:.3g}, {100 * moved:.0f} % moved in 500 steps")
+    for name in OPTIMIZERS:
+        assert all(math.isfinite(loss) for (who, *_), (loss, _) in found.items() if who == name)
+        assert all(found[name, lr, torch.float32][1] > 0.99 for lr in (1e-2, 1e-3, 1e-4))
+        assert found[name, 1e-4, torch.bfloat16][1] < 0.8  # stalled
+    assert found["Sadam, auto", 1e-2, torch.float16][0] < 2 * found["Sadam, auto", 1e-2, torch.float32][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [lambda p: Sadam(p), lambda p: torch.optim.AdamW(p)], ids=["Sadam", "AdamW"])
+def test_the_second_moment_never_falls_in_bfloat16(make):
+    """0.999 v rounds to v there: what was measured once stays. In float16 and float32 it halves in 700 steps."""
+    left = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        p = torch.nn.Parameter(torch.ones(64, dtype=dtype))
+        optimizer = make([p])
+        for t in range(3000):
+            p.grad = torch.full_like(p, 1.0 if t < 1000 else 1e-2)
+            optimizer.step()
+        left[dtype] = optimizer.state[p]["exp_avg_sq"].float().mean().item()
+    print({str(dtype)[6:]: f"{v:.3g}" for dtype, v in left.items()})
+    assert left[torch.float32] < 0.1 and left[torch.float16] < 0.15 and left[torch.bfloat16] > 0.2
