@@ -22,11 +22,12 @@ test-all: lint ## The long tests too: faults, many processes, other programs
 test-gpu: .venv/.dev ## What has to be seen on a GPU; skipped where there is none
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_gpu.py -rs
 
-lint: .venv/.dev ## ruff, mypy and the small checks of .pre-commit-config.yaml
+lint: .venv/.dev ## ruff (its security rules too), mypy, pip check, the small checks of .pre-commit-config.yaml
 	@if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then \
 		$(BIN)/pre-commit run --all-files --show-diff-on-failure; \
 	else \
-		$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy; \
+		$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
+		$(BIN)/python -m pip check --disable-pip-version-check; \
 	fi
 
 errors: .venv/.dev ## Writes docs/errors.md from tests/errors, which provokes every message

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import glob
 import importlib.util
 import json
 import logging
@@ -224,7 +225,9 @@ def _holds_keys(file: Path) -> bool:
     except (ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"config: {file} is not YAML: {' '.join(str(error).split())}") from None
     if content is not None and not isinstance(content, dict):
-        raise RecipeError(f"config: {file} holds {reprlib.repr(content)}, not keys with values such as lr: 1e-3")
+        short = reprlib.Repr()
+        short.maxlevel = 2  # what refers to itself, or to much more than itself, is said in a line
+        raise RecipeError(f"config: {file} holds {short.repr(content)}, not keys with values such as lr: 1e-3")
     if content and "config" in content:
         raise RecipeError(f"config: {file} names a config of its own: give each with --config, the stronger one last")
     return content is not None
@@ -236,7 +239,7 @@ def config_files(default_config: Path) -> list[Path]:
     Args:
         default_config: The YAML file beside the recipe; the others begin with its name and an underscore.
     """
-    others = sorted(default_config.parent.glob(f"{default_config.stem}_*.yaml"))
+    others = sorted(default_config.parent.glob(f"{glob.escape(default_config.stem)}_*.yaml"))
     return [default_config, *others] if default_config.is_file() else others
 
 

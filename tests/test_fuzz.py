@@ -76,7 +76,7 @@ tree = st.recursive(leaf, lambda inner: st.lists(inner, max_size=3) | st.diction
 tried: dict[str, int] = {}
 
 
-@pytest.fixture(params=[1, pytest.param(50, marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.fixture(params=[1, pytest.param(20, marks=pytest.mark.slow)], ids=["few", "many"])
 def fuzz(request, tmp_path, monkeypatch, record_property):
     """Runs a check on inputs, in an empty folder that is to stay so; the count goes into the report."""
     (tmp_path / "here").mkdir()

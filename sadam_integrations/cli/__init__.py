@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and not words[0].startswith("-") and words[0] not in verbs.choices:
         print(f"error: unknown verb {words[0]!r}{did_you_mean(words[0], verbs.choices)}", file=sys.stderr)
         return 2
+    if odd := [word for word in words if "\0" in word]:
+        print(f"error: {odd[0]!r} has a NUL in it, which no name has: remove it", file=sys.stderr)
+        return 2
     args, unknown = parser.parse_known_args(words)
     if not hasattr(args, "go"):
         if unknown:

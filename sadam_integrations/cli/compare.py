@@ -272,7 +272,7 @@ def launch(run: Run, held: int) -> None:
     """Makes a run in a process that keeps the lock, whatever becomes of this one, and takes over its result."""
     log = run.folder / ".stderr"
     with log.open("w", encoding="utf-8") as errors:
-        process = subprocess.Popen(  # a session of its own: an interrupt of this process reaches it once, from here
+        process = subprocess.Popen(  # noqa: S603 -- a list of words, no shell; a session of its own: an interrupt of this process reaches it once, from here
             [sys.executable, *run.words],
             stdout=subprocess.DEVNULL,
             stderr=errors,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from sadam_integrations.cli.recipes import find
@@ -40,7 +41,7 @@ def go(args: argparse.Namespace) -> int:
     wanted = [path for path in configs if path.stem in (source.stem, args.config)]
     copies = {source: target}
     copies |= {path: target.with_name(path.name.replace(source.stem, target.stem, 1)) for path in wanted}
-    there = [str(copy) for copy in copies.values() if copy.exists()]
+    there = [str(copy) for copy in copies.values() if os.path.lexists(copy)]  # a link that leads nowhere is there too
     if there and not args.overwrite:
         raise RecipeError(f"{', '.join(there)} exists: give --overwrite to replace it, or another place")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -158,6 +158,12 @@ COMMAND = [
         "The recipe imports a package that is not there.",
         "Install it.",
     ),
+    Row(
+        "which no name has",
+        sadam("cp", "bert", "a\0b"),
+        "A program that calls `sadam` gave it a word with a NUL.",
+        "Remove it.",
+    ),
     Row("--nproc: ", sadam("run", "bert", "--nproc", "0"), "There is no run in no process.", "Give 1 or more."),
     Row(
         "--config: <config> is none of",
@@ -200,7 +206,7 @@ COMPARE = [
         "`sadamw:beta=50`.",
     ),
     Row(
-        "is not a value",
+        "<source>: <value> is not a value",
         toy("compare", "--optimizers", "sadamw:beta=["),
         "What follows the `=` is not YAML.",
         "Give a number, a word, or a list in brackets.",
@@ -497,9 +503,9 @@ FOLDER = [
         "See to it yourself that two runs do not share a folder.",
     ),
     Row(
-        "is damaged: give --overwrite true",
+        "<path> is damaged: <fix>",
         "test_vit.py::test_a_damaged_checkpoint_is_named",
-        "The last checkpoint is not whole: the disk was full, or the file was changed.",
+        "The last checkpoint is not whole, or there is more in it than tensors and plain values: code is not run.",
         "Start again with `--overwrite true`, or in another folder.",
     ),
     Row(
