@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import errno
 import glob
 import importlib.util
 import json
@@ -28,7 +27,9 @@ from sadam_integrations import alr, plots
 from sadam_integrations.run_folder import (
     RecipeError,
     is_main_process,
+    not_written,
     open_run,
+    reason,
     say,
     write_result,
 )
@@ -86,7 +87,7 @@ def main(
             say(interrupted(bool(config and config.overwrite)), sys.stderr)
         return 130
     except Exception as error:
-        if _not_written(error):
+        if not_written(error):
             return _failed(error, config)
         logging.getLogger(__name__).exception("the run ended with an error")
         raise
@@ -99,7 +100,7 @@ def _failed(error: Exception, config: Any) -> int:
     """Says what was wrong; the log also has the stack trace of what is not a mistake in the config."""
     logging.getLogger(__name__).error("%s", error, exc_info=not isinstance(error, RecipeError))
     message = str(error)
-    if config and (what := _not_written(error)):
+    if config and (what := not_written(error)):
         message = f"output_dir: {config.output_dir} cannot be written to ({what}): the same command goes on from the "
         message += "last checkpoint, if there is one"
     if is_main_process():
@@ -107,17 +108,6 @@ def _failed(error: Exception, config: Any) -> int:
     elif config:  # what is wrong in the command line is said once
         print(f"error in process {os.environ['RANK']}: {message}", file=sys.stderr)
     return 2
-
-
-def _not_written(error: Exception) -> str | None:
-    """What is wrong if the disk is full; torch and safetensors have errors of their own for that, without a file."""
-    if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG):
-        return str(error.strerror)
-    if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):
-        return str(error).partition("I/O error: ")[2]
-    if isinstance(error, RuntimeError) and "inline_container" in str(error):
-        return "the disk may be full"
-    return None
 
 
 def interrupted(overwrite: bool = False) -> str:
@@ -256,16 +246,6 @@ def _one_line(message: str, hints: dict[str, Any]) -> str:
         expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("None", "null")
         return f"{found[1]}: {found[2]!r} is not a valid value, expected {expected}"
     return " ".join(message.split())
-
-
-def reason(error: BaseException) -> str:
-    """Returns the first line of what a library says is wrong; of one that says nothing, the kind of error.
-
-    Args:
-        error: What it raised; where that has a cause, the cause says more.
-    """
-    error = error.__cause__ or error
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def require(*modules: str, extra: str = "recipes") -> None:

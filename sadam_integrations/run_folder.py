@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import logging
@@ -122,6 +123,31 @@ def open_run(config: Any, source: str | Path) -> Path:
     _open_log(folder / "log.txt", "a" if interrupted else "w")
     logger.info("%s on %s", versions(), hardware())
     return folder
+
+
+def reason(error: BaseException) -> str:
+    """Returns the first line of what a library says is wrong; of one that says nothing, the kind of error.
+
+    Args:
+        error: What it raised; where that has a cause, the cause says more.
+    """
+    error = error.__cause__ or error
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def not_written(error: Exception) -> str | None:
+    """Returns what is wrong if a file could not be written, as on a full disk, and the error names no file; else None.
+
+    Args:
+        error: An OSError, or the errors of their own that torch and safetensors have for that.
+    """
+    if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG):
+        return str(error.strerror)
+    if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):
+        return str(error).partition("I/O error: ")[2]
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):
+        return "the disk may be full"
+    return None
 
 
 def _open_log(path: Path, mode: str) -> None:

@@ -110,7 +110,7 @@ FOREIGN = [
     (changed(edit("state", 1, "step", value=torch.zeros(2))), r"parameter 1: step=tensor\(\[0., 0.\]\).*damaged"),
     (changed(edit("state", 1, "step", value=torch.tensor(float("inf")))), "parameter 1: step=inf.*damaged"),
     (changed(edit("state", 2, "exp_avg", value=torch.zeros(1))), r"exp_avg of parameter 2 has the shape \(1,\)"),
-    (changed(edit("state", 0, "exp_avg_sq", value=torch.zeros(7).to_sparse())), r"sparse_coo, it is not dense"),
+    (changed(edit("state", 0, "exp_avg_sq", value=torch.zeros(7).to_sparse())), "sparse_coo, not a dense one"),
 ]
 
 

@@ -138,7 +138,7 @@ def test_a_checkpoint_with_code_is_not_resumed_from(place, capsys):
     recipe.open_run(config, vit.__file__)
     saved.parent.mkdir()
     torch.save({"state_dict": {}, "callbacks": Code()}, saved)
-    with pytest.raises(RecipeError, match=r"last\.ckpt is damaged: give --overwrite true"):
+    with pytest.raises(RecipeError, match=r"last\.ckpt holds code, which is not run: give --overwrite true"):
         vit.run(config)
 
 
