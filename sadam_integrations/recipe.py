@@ -194,8 +194,10 @@ def _split(argv: Sequence[str], default_config: Path, flags: list[str]) -> tuple
             word = f"--config={rest.pop(0)}"
         if word.startswith("--config="):
             file = Path(word.partition("=")[2])
-            file = file if file.is_file() else named.get(str(file), file)
-            if not file.is_file():
+            file = (
+                file if os.path.isfile(file) else named.get(str(file), file)
+            )  # False, too, for a name that is too long
+            if not os.path.isfile(file):
                 raise RecipeError(f"config: {str(file)!r} is neither a file nor one of {', '.join(named)}")
             if _holds_keys(file):
                 files.append(f"--config={file}")
