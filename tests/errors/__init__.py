@@ -49,6 +49,7 @@ def sections() -> dict[str, list[Row]]:
         "Hugging Face: the Trainer and `optim_args`": frameworks.OPTIM_ARGS,
         "Hugging Face: `python -m sadam_integrations.launch`": frameworks.LAUNCHER,
         "Lightning": frameworks.LIGHTNING,
+        "timm": frameworks.TIMM,
         "The monitors of the adaptive learning rate": frameworks.MONITOR,
         "Advice: `advise` and `sadam calibrate` on checkpoints": frameworks.ADVICE,
         "The `sadam` command": command.COMMAND,

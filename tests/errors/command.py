@@ -421,10 +421,10 @@ CONFIG = [
         "Upgrade Lightning, or set `ema: 0`.",
     ),
     Row(
-        "<key>: <value> is not valid, it is at least",
+        "<key>: <…> is not valid, it is from",
         step_speed(rounds=1),
-        "Too few rounds for a quartile, or no threads.",
-        "Raise it.",
+        "Too few rounds for a quartile, no threads, or too many of them.",
+        "Give a number between.",
     ),
     Row("'cuda' is not available", no_gpu, "torch sees no GPU.", "Take `cpu`; `sadam env` shows what there is."),
     Row(
@@ -503,9 +503,15 @@ FOLDER = [
         "See to it yourself that two runs do not share a folder.",
     ),
     Row(
-        "<path> is damaged: <fix>",
+        "<path> <what>: give --overwrite true",
         "test_vit.py::test_a_damaged_checkpoint_is_named",
         "The last checkpoint is not whole, or there is more in it than tensors and plain values: code is not run.",
+        "Start again with `--overwrite true`, or in another folder.",
+    ),
+    Row(
+        "<file> is damaged: give --overwrite true",
+        "test_faults.py::test_a_checkpoint_that_was_damaged_later_is_named",
+        "A file of the Trainer's last checkpoint is not whole.",
         "Start again with `--overwrite true`, or in another folder.",
     ),
     Row(

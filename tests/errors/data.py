@@ -94,6 +94,12 @@ TEXT = [
         "Give `train_file`.",
     ),
     Row(
+        "it is empty",
+        bert("--train_file", "train.json", files={"train.json": "null\n"}),
+        "The file has no rows.",
+        "Give one with texts and labels.",
+    ),
+    Row(
         "dataset: <source> cannot be read",
         csv("text,label\n" + "a,0\na,b,c,1\n" * 10),
         "The file is damaged, ragged, or not what its ending says; or the Hub has no such data set or split.",

@@ -106,10 +106,10 @@ OPTIM_ARGS = [
         "Add the key that the message names, or remove `offload_optimizer`.",
     ),
     Row(
-        "flat pieces that DeepSpeed",
-        "test_huggingface.py::test_deepspeed_may_not_put_its_own_adam_in_place",
-        "ZeRO hands the optimizer flat pieces of all parameters.",
-        "Give `beta` a number.",
+        "instead of optim=",
+        "test_huggingface.py::test_deepspeeds_optimizer_section_may_not_override_optim",
+        "A DeepSpeed configuration with an optimizer of its own: `optim` would have no effect.",
+        "Remove the section.",
     ),
     Row(
         "sadam_integrations.huggingface needs transformers",
@@ -119,13 +119,28 @@ OPTIM_ARGS = [
     ),
 ]
 
+TIMM = [
+    Row(
+        "sadam_integrations.timm needs <missing>",
+        "test_timm.py::test_without_timm_or_with_an_old_one",
+        "timm, or torchvision, which it needs, is not installed in this environment.",
+        "Install the extra that the message names, with a torchvision made for your build of torch.",
+    ),
+    Row(
+        "sadam_integrations.timm needs timm 1.0.12",
+        "test_timm.py::test_without_timm_or_with_an_old_one",
+        "timm is too old to register optimizers with.",
+        "Upgrade it.",
+    ),
+]
+
 LAUNCHER = [
     Row("to run is given", starts(), "Nothing follows the launcher.", "Give the script, or `-m` and a module."),
     Row(
-        "--monitor is given once",
+        "is given alone and once, in front of",
         starts("--monitor", "--monitor", "x.py"),
-        "`--monitor` occurs twice, or behind `-m`.",
-        "Give it once, first.",
+        "`--monitor` or `--timm` occurs twice, with the other, or behind `-m`.",
+        "Give one of them, once, first.",
     ),
     Row(
         "comes before the script",
@@ -148,6 +163,12 @@ LAUNCHER = [
 ]
 
 LIGHTNING = [
+    Row(
+        "without calling configure_optimizers",
+        "test_lightning.py::test_use_optimizer_refuses_a_deepspeed_configuration_with_an_optimizer_of_its_own",
+        "A DeepSpeed configuration with an optimizer of its own.",
+        "Remove the section.",
+    ),
     Row(
         "returns <…> optimizers",
         "test_lightning.py::test_use_optimizer_refuses_a_module_with_several",

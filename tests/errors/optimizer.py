@@ -223,9 +223,9 @@ STEPPING = [
         "Take the ordinary steps that the message asks for first, or give `beta` a number.",
     ),
     Row(
-        "flat pieces that FullyShardedDataParallel",
+        "measures the flat pieces that",
         "test_auto.py::test_flat_pieces_of_fsdp1_are_measured_and_that_is_said_once",
-        "FSDP1 hands the optimizer pieces of its flat parameters.",
+        "FSDP1 and DeepSpeed's ZeRO hand the optimizer pieces of all parameters, laid end to end.",
         "Shard with `fully_shard` (FSDP2), or give `beta` a number.",
     ),
     Row(
@@ -254,6 +254,42 @@ LOADING = [
         load(changed("beta", "auto")),
         "The beta that was measured is damaged.",
         "Load an older checkpoint, or remove the state's `beta`: it is then measured again.",
+    ),
+    Row(
+        "is not an optimizer's state dict",
+        load(lambda saved: saved.pop("state")),
+        "It is a whole checkpoint, of which the optimizer is one part, or the weights alone.",
+        "Pass the part that `optimizer.state_dict()` returned.",
+    ),
+    Row(
+        "is not a list of groups with params",
+        load(lambda saved: saved.update(param_groups=[1])),
+        "The file is damaged, or another program changed it.",
+        "Load an older checkpoint.",
+    ),
+    Row(
+        "is not its state: the checkpoint",
+        load(lambda saved: saved.update(state={0: 1.0})),
+        "The file is damaged, or another program changed it.",
+        "Load an older checkpoint.",
+    ),
+    Row(
+        "is a tensor of layout",
+        load(changed("exp_avg", torch.zeros(3).to_sparse())),
+        "The checkpoint is of an optimizer with sparse moments.",
+        "Densify them, or start the optimizer afresh.",
+    ),
+    Row(
+        "and the parameter <…>: the checkpoint is of another model",
+        load(changed("exp_avg", torch.zeros(4))),
+        "The model is another one, or its parameters come in another order.",
+        "Build the optimizer as it was built for the checkpoint.",
+    ),
+    Row(
+        "that are in none of its groups",
+        load(lambda saved: saved["state"].update({7: saved["state"][0]})),
+        "The checkpoint was put together by hand, or is damaged.",
+        "None, if that is meant: those states belong to no parameter.",
     ),
     Row(
         "the checkpoint has no moments",
