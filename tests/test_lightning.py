@@ -501,14 +501,14 @@ def test_use_optimizer_says_that_it_drops_a_scheduler(form):
 
 
 def test_use_optimizer_refuses_a_deepspeed_configuration_with_an_optimizer_of_its_own():
-    trainer = SimpleNamespace(
-        strategy=SimpleNamespace(config={"optimizer": {"type": "AdamW"}, "zero_optimization": {}})
-    )
+    def set_up(module, **config):
+        UseOptimizer().setup(SimpleNamespace(strategy=SimpleNamespace(config=config)), module, "fit")
+
     module = lit(torch.optim.SGD)
     with pytest.raises(ValueError, match="would train with AdamW without calling configure_optimizers: remove"):
-        UseOptimizer().setup(trainer(optimizer={"type": "AdamW"}), module, "fit")
+        set_up(module, optimizer={"type": "AdamW"}, zero_optimization={})
     assert "configure_optimizers" not in vars(module)
-    UseOptimizer().setup(trainer(), module, "fit")
+    set_up(module, zero_optimization={})
     assert "configure_optimizers" in vars(module)
 
 
