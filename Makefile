@@ -5,10 +5,10 @@ WORKERS ?= 2
 BIN := .venv/bin
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help demo test test-all test-gpu lint errors format wheel clean
+.PHONY: help demo test test-all test-ecosystem test-matrix test-gpu lint errors format wheel clean
 
 help: ## Lists the targets (what `make` alone does)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.demo ## Fine-tunes a small BERT on movie reviews; options: make demo ARGS="--help"
 	$(BIN)/sadam run bert $(ARGS)
@@ -18,6 +18,12 @@ test: lint ## Everything quick: lint, types, the tests that take seconds
 
 test-all: lint ## The long tests too: faults, many processes, other programs
 	$(PYTEST) -m ""
+
+test-ecosystem: .venv-ecosystem/.done ## Other people's programs, in a venv of its own; the head of tests/ecosystem/conftest.py says more
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-ecosystem/bin/python -m pytest tests/ecosystem tests/test_timm.py -m "" -rs
+
+test-matrix: ## Older and newer versions, into docs/reliability_versions.md; one: make test-matrix ARGS=oldest
+	$(PYTHON) tests/matrix.py $(ARGS)
 
 test-gpu: .venv/.dev ## What has to be seen on a GPU; skipped where there is none
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_gpu.py -rs
@@ -52,6 +58,13 @@ clean: ## Removes what building and testing leave behind; .venv and runs/ stay
 
 .venv/.demo: pyproject.toml constraints.txt
 	$(call install,demo)
+	@touch $@
+
+.venv-ecosystem/.done: pyproject.toml constraints.txt
+	@echo "Setting up .venv-ecosystem: a few minutes and 3 GB (more if torch comes with CUDA), once."
+	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[transformers,lightning,timm]' \
+		datasets evaluate optuna peft pytest sentence-transformers setfit trl torchvision==0.28.0
 	@touch $@
 
 define install

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import hf_tiny
@@ -60,6 +61,48 @@ def test_a_module(folder):
     assert stop.value.code == 4
     seen = json.loads((folder / "seen.json").read_text())
     assert seen["name"] == "__main__" and seen["argv"] == [str(folder / "sub" / "probe.py"), "seen.json", "4"]
+
+
+PARENT = """
+import sys
+from accelerate.commands.launch import launch_command, launch_command_parser
+launch_command(launch_command_parser().parse_args(["--cpu", "--num_processes=1", *sys.argv[1:]]))
+"""
+CHILD = """
+import json, sys
+from pathlib import Path
+from transformers.training_args import OptimizerNames
+names = [name.value for name in OptimizerNames]
+Path(sys.argv[1]).write_text(json.dumps([sys.argv[1:], sys.path[0], "sadamw" in names, __name__]))
+"""
+
+
+@pytest.mark.parametrize("before", [[], ["-m"]])
+def test_a_program_that_starts_accelerate_hands_the_names_on(before, tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    (tmp_path / "child.py").write_text(CHILD)
+    child = ["--module", "child"] if before else ["child.py"]
+    done = subprocess.run([sys.executable, *LAUNCH, "parent.py", *child, "seen.json", "--optim=sadamw"], cwd=tmp_path)
+    assert done.returncode == 0
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen == [["seen.json", "--optim=sadamw"], str(tmp_path), True, "__main__"]
+
+
+def test_handing_on_twice_or_a_program_that_is_not_python_changes_nothing(monkeypatch):
+    from accelerate.commands import launch as accelerate
+
+    seen = []
+    monkeypatch.setattr(accelerate, "launch_command", seen.append)
+    launch._hand_on(["--monitor"])
+    launch._hand_on(["--monitor"])
+    for script, no_python in (("x.py", False), ("sadam_integrations.launch", False), ("x.sh", True)):
+        args = {"training_script": script, "training_script_args": ["--a"], "module": False, "no_python": no_python}
+        accelerate.launch_command(types.SimpleNamespace(**args))
+    ours, already, shell = seen
+    assert (ours.module, ours.training_script) == (True, "sadam_integrations.launch")
+    assert ours.training_script_args == ["--monitor", "x.py", "--a"]
+    for args in (already, shell):
+        assert not args.module and args.training_script_args == ["--a"]
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="python -P came with Python 3.11")

@@ -97,6 +97,43 @@ for bad in (dict(lr=-1), dict(beta=0), dict(betas=(1, 0))):
     python(code, *flags)
 
 
+WITHOUT = """
+import importlib.abc, sys
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {hidden!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Hide())
+import sadam_integrations, torch
+try:
+    import sadam_integrations.{module}
+except ImportError as error:
+    print(error)
+optimizer = sadam_integrations.create_optimizer("sadamw", torch.nn.Linear(2, 2))
+optimizer.step()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "hidden", "extra"),
+    [
+        ("huggingface", ["transformers", "accelerate"], "transformers"),
+        ("lightning", ["lightning", "pytorch_lightning"], "lightning"),
+        ("timm", ["timm"], "timm"),
+    ],
+)
+def test_without_an_extra_its_integration_says_what_to_install(module, hidden, extra):
+    said = python(WITHOUT.format(module=module, hidden=hidden))
+    assert hidden[0] in said and f"sadam-integrations[{extra}]" in said
+
+
+def test_every_module_for_torch_alone_imports_with_warnings_as_errors_and_without_asserts():
+    modules = (
+        "sadam_integrations.cli, sadam_integrations.alr, sadam_integrations.launch, sadam_integrations.backends.cpu"
+    )
+    python(f"import torch, warnings; warnings.simplefilter('error'); import {modules}", "-O")
+
+
 def test_version_and_type_information():
     version = sadam_integrations.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|rc\d+)?", version)
