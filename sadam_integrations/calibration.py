@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn import Module
 from torch.optim import Optimizer
 
@@ -70,6 +71,10 @@ def measure(histograms: Iterable[Tensor], corrections: Sequence[float]) -> list[
     quantiles = [_quantile(histogram.cpu()) for histogram in histograms]
     floors = [FLOOR * math.sqrt(q) * correction for q, correction in zip(quantiles, corrections, strict=True)]
     return [LN2 / floor if floor else 0.0 for floor in floors]
+
+
+_measure_untraced = _disable_dynamo(measure)
+"""Once torch._dynamo is imported, as torch.compile does: in torch 2.6 it fails at what depends on the counts."""
 
 
 def calibrate(
@@ -131,7 +136,8 @@ def calibrate(
         return histogram(second_moment_after(steps[i], *piece) for piece in pieces)
 
     histograms = map(counts_after, due)
-    for i, beta in zip(due, measure(histograms, factors), strict=True):
+    found = (_measure_untraced if "torch._dynamo" in sys.modules else measure)(histograms, factors)
+    for i, beta in zip(due, found, strict=True):
         states[i]["beta"] = beta or states[i]["beta"]
 
 

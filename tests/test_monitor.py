@@ -286,8 +286,8 @@ def test_launch_without_it_is_as_before(script):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["-m", "--monitor", "script"], "--monitor is given once, in front of the script or of -m"),
-        (["--monitor", "--monitor", "script.py"], "--monitor is given once, in front of the script or of -m"),
+        (["-m", "--monitor", "script"], "--monitor is given alone and once, in front of the script or of -m"),
+        (["--monitor", "--monitor", "script.py"], "--monitor is given alone and once, in front of the script or of -m"),
         (["--monitor"], "no script to run"),
         (["--monitor", "--optim", "script.py"], "--optim comes before the script"),
     ],
