@@ -22,7 +22,7 @@ test-all: lint ## The long tests too: faults, many processes, other programs
 test-ecosystem: .venv-ecosystem/.done ## Other people's programs, in a venv of its own; the head of tests/ecosystem/conftest.py says more
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-ecosystem/bin/python -m pytest tests/ecosystem tests/test_timm.py -m "" -rs
 
-test-matrix: ## Older and newer versions, into docs/reliability_versions.md; one: make test-matrix ARGS=oldest
+test-matrix: ## Older and newer versions, into docs/reliability.md; one: make test-matrix ARGS=oldest
 	$(PYTHON) tests/matrix.py $(ARGS)
 
 test-gpu: .venv/.dev ## What has to be seen on a GPU; skipped where there is none

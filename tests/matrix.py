@@ -1,4 +1,4 @@
-"""Runs tests with older and newer versions and writes the table of docs/reliability_versions.md (make test-matrix)."""
+"""Runs tests with older and newer versions and writes the table of docs/reliability.md (make test-matrix)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / ".venv-matrix"
-TABLE = ROOT / "docs" / "reliability_versions.md"
+PAGE = ROOT / "docs" / "reliability.md"
+MARKS = "<!-- versions: begin -->\n", "<!-- versions: end -->"
 COMBINATIONS = {  # Python, torch, transformers, lightning; "" is the newest that pip finds. 4.57.0 was withdrawn
     "oldest": ("3.10", "2.6.0", "4.57.1", "2.4.0"),
     "old-integrations": ("3.11", "2.13.0", "4.57.1", "2.4.0"),
@@ -130,8 +131,9 @@ def write_table() -> None:
             rows.append([*(version or "newest" for version in wanted), why])
     lines = ["| Python | torch | transformers | Lightning | tests |", "|---|---|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
-    head = "<!-- Made by `make test-matrix`: what each combination gave on the machine where it was run. -->"
-    TABLE.write_text("\n".join([head, "", "# Versions", "", *lines, ""]))
+    page = PAGE.read_text()
+    before, after = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
+    PAGE.write_text("\n".join([before + MARKS[0], *lines, "", MARKS[1] + after]))
 
 
 if __name__ == "__main__":
