@@ -66,16 +66,7 @@ def test_trl_sft(home, run, tmp_path):
     """In one process: two on a CPU can hang when they end, with AdamW and without our launcher too."""
     pytest.importorskip("trl")
     data = [f"--dataset_name={home}/sft", "--max_length=16", "--optim=sadamw", "--optim_args=beta=1000, foreach=false"]
-    accelerate = [
-        "--num_processes",
-        processes,
-        "--num_machines",
-        1,
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
+    accelerate = ["--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     model = [f"--model_name_or_path={home}/llama", "--dtype=float32", "--bf16=false", "--gradient_checkpointing=false"]
     run(*LAUNCH, "-m", "trl.cli.main", "sft", *accelerate, *model, *data, *SHORT)
     check_saved(tmp_path / "out" / "checkpoint-8", beta=1000.0)
