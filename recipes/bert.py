@@ -306,9 +306,9 @@ def read_split(config: Config, file: str | None, split: str) -> Any:
     source = file or f"{config.dataset}, split {split}"
     try:
         if file:
-            with open(file, "rb") as data:
-                if not data.read(100_000).strip(b"nul \t\r\n"):
-                    raise ValueError("it is empty")  # the reader of JSON dies of a file of nulls
+            with open(file, "rb") as data:  # the reader of JSON takes the whole process along if null comes first
+                if FORMATS[Path(file).suffix] == "json" and data.read(1000).lstrip()[:1] in (b"n", b""):
+                    raise ValueError("it does not begin with an object such as {...}")
             dataset = load_dataset(FORMATS[Path(file).suffix], data_files=file, split="train")
         else:
             dataset = load_dataset(config.dataset, config.subset, split=split)

@@ -94,10 +94,10 @@ TEXT = [
         "Give `train_file`.",
     ),
     Row(
-        "it is empty",
-        bert("--train_file", "train.json", files={"train.json": "null\n"}),
-        "The file has no rows.",
-        "Give one with texts and labels.",
+        "it does not begin with an object",
+        bert("--train_file", "train.json", files={"train.json": "null\n{}\n"}),
+        "The file is empty, or its first row is null.",
+        "Remove that row.",
     ),
     Row(
         "dataset: <source> cannot be read",
