@@ -317,7 +317,7 @@ def read_split(config: Config, file: str | None, split: str) -> Any:
     for key in ("text_column", "text_pair_column", "label_column"):
         column = getattr(config, key)
         if column is not None and column not in dataset.column_names:
-            raise RecipeError(f"{key}: {source} has no column {column!r}, only {', '.join(dataset.column_names)}")
+            raise RecipeError(f"{key}: {source} has no column {column!r}, only {dataset.column_names}")
     return dataset
 
 
@@ -346,10 +346,18 @@ def at_most(dataset: Any, size: int | None) -> Any:
     return dataset if size is None or size >= len(dataset) else dataset.shuffle(seed=0).select(range(size))
 
 
+def values(dataset: Any, column: str, key: str) -> list[Any]:
+    """Returns the values that occur in the column that the setting `key` names, each once."""
+    try:
+        return dataset.unique(column)
+    except NotImplementedError:
+        raise RecipeError(f"{key}: {column!r} holds lists, objects or values of several kinds") from None
+
+
 def label_names(train: Any, column: str) -> list[Any]:
     """Returns the classes: those the dataset declares, else those that occur, in order."""
     declared = getattr(train.features[column], "names", None)
-    found = train.unique(column)
+    found = values(train, column, "label_column")
     if None in found or any(isinstance(label, float) for label in found):
         raise RecipeError(f"label_column: {column!r} holds {found[:3]}, not classes: numbers or texts, none missing")
     names = declared or sorted(found)
@@ -362,13 +370,15 @@ def encode(dataset: Any, config: Config, tokenizer: Any, names: list[Any]) -> An
     """Returns the tokens and the classes' numbers."""
     declared = hasattr(dataset.features[config.label_column], "names")
     numbers = {i if declared else name: i for i, name in enumerate(names)}
-    if unknown := [label for label in dataset.unique(config.label_column) if label not in numbers]:
+    found = values(dataset, config.label_column, "label_column")
+    if unknown := [label for label in found if label not in numbers]:
         hint = ": a split without labels cannot be evaluated, set test_split to null" if unknown == [-1] else ""
         raise RecipeError(f"label_column: {unknown[0]!r} is none of the training data's classes {names[:10]}{hint}")
 
-    for column in filter(None, (config.text_column, config.text_pair_column)):
-        if bad := [text for text in dataset.unique(column) if not isinstance(text, str)]:
-            raise RecipeError(f"text_column: {column!r} holds {bad[0]!r}, which is not a text")
+    for key in ("text_column", "text_pair_column"):
+        column = getattr(config, key)
+        if column and (bad := [text for text in values(dataset, column, key) if not isinstance(text, str)]):
+            raise RecipeError(f"{key}: {column!r} holds {bad[0]!r}, which is not a text")
 
     def convert(batch: dict[str, list]) -> dict[str, list]:
         texts = [batch[config.text_column]]

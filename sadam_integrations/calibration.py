@@ -73,8 +73,10 @@ def measure(histograms: Iterable[Tensor], corrections: Sequence[float]) -> list[
     return [LN2 / floor if floor else 0.0 for floor in floors]
 
 
-_measure_untraced = _disable_dynamo(measure)
-"""Once torch._dynamo is imported, as torch.compile does: in torch 2.6 it fails at what depends on the counts."""
+@_disable_dynamo
+def _measure_untraced(histograms: Iterable[Tensor], corrections: list[float]) -> list[float]:
+    """Once torch._dynamo is imported, as torch.compile does: in torch 2.6 it fails at what depends on the counts."""
+    return measure(histograms, corrections)
 
 
 def calibrate(

@@ -225,11 +225,14 @@ def hub(
         raise RecipeError(f"dataset: {where} cannot be read: {recipe.reason(error)}") from None
     for key, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in data.column_names:
-            raise RecipeError(f"{key}: {where} has no column {column!r}, only {', '.join(data.column_names)}")
+            raise RecipeError(f"{key}: {where} has no column {column!r}, only {data.column_names}")
     if not isinstance(data.features[image_column], datasets.Image):
-        raise RecipeError(f"image_column: {column!r} of {where} holds {data.features[image_column]}, not images")
-    found = data.unique(label_column)
-    if None in found or any(isinstance(label, float) for label in found):
+        raise RecipeError(f"image_column: {image_column!r} of {where} holds {data.features[image_column]}, not images")
+    try:
+        found = data.unique(label_column)
+    except NotImplementedError:  # lists, objects or values of several kinds
+        found = [data.features[label_column]]
+    if not all(isinstance(label, int | str) for label in found):
         raise RecipeError(f"label_column: {label_column!r} of {where} holds {found[:3]}, not classes, none missing")
     declared = getattr(data.features[label_column], "names", None)
     numbers: dict[Any, int] = {i if declared else v: i for i, v in enumerate(declared or sorted(found))}

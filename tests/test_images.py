@@ -165,11 +165,12 @@ def test_what_is_wrong_with_a_data_set_is_said(parquet):
     for place, split, image, label, message in (
         ("/no/such/folder", "train", "image", "label", "dataset: /no/such/folder, split train cannot be read"),
         (good, "test", "image", "label", "dataset: .* split test cannot be read"),
-        (good, "train", "img", "label", "image_column: .* no column 'img', only image, label"),
-        (good, "train", "image", "fine", "label_column: .* no column 'fine', only image, label"),
+        (good, "train", "img", "label", r"image_column: .* no column 'img', only \['image', 'label'\]"),
+        (good, "train", "image", "fine", r"label_column: .* no column 'fine', only \['image', 'label'\]"),
         (good, "train", "label", "label", "image_column: 'label' of .* not images"),
         (parquet([0, None]), "train", "image", "label", "label_column: .* none missing"),
         (parquet([0.5, 1.5]), "train", "image", "label", "label_column: .* not classes"),
+        (parquet([[0], [1]]), "train", "image", "label", "label_column: .* not classes"),
         (parquet([1, 1]), "train", "image", "label", "one class only, '1'"),
     ):
         with pytest.raises(RecipeError, match=message) as caught:

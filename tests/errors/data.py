@@ -66,6 +66,12 @@ def a_class_that_is_new(place):
     recipe("bert").encode(data, SimpleNamespace(**columns), None, [0, 1])
 
 
+def a_list_of_labels(place):
+    import datasets
+
+    recipe("bert").label_names(datasets.Dataset.from_dict({"label": [[0], [1]]}), "label")
+
+
 def damaged_image(place):
     import datasets
 
@@ -122,6 +128,12 @@ TEXT = [
         csv("text,label\n" + "a,0.5\nb,1.5\n" * 10),
         "The labels are not classes: numbers with a fraction, or some are missing.",
         "Name another column, or fill in what is missing.",
+    ),
+    Row(
+        "<column> holds lists, objects or values of several kinds",
+        a_list_of_labels,
+        "The column holds something else than numbers or texts, or now the one and now the other.",
+        "Name another column, or convert its values to one kind.",
     ),
     Row(
         "label_column: <column> has one class only",
@@ -220,7 +232,7 @@ IMAGES = [
     Row(
         "not classes, none missing",
         hub([0.5, 1.5]),
-        "The labels are numbers with a fraction, or some are missing.",
+        "The labels are lists, of several kinds or numbers with a fraction, or some are missing.",
         "Name another column, or fill in what is missing.",
     ),
     Row(
