@@ -1,4 +1,8 @@
-"""Small models, texts and images for other people's programs, how to run those, and what to ask of what they saved."""
+"""Small models, texts and images for other people's programs, how to run those, and what to ask of what they saved.
+
+Scripts that no package brings are run from checkouts of their projects: TRANSFORMERS_EXAMPLES and ACCELERATE_EXAMPLES
+name the folder `examples` of each, TIMM_EXAMPLES the folder with timm's train.py.
+"""
 
 from __future__ import annotations
 

@@ -5,12 +5,25 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from conftest import check_saved, examples
 
 pytestmark = pytest.mark.slow
 LAUNCH = ["-m", "sadam_integrations.launch"]
 SHORT = ["--num_train_epochs=2", "--learning_rate=1e-3", "--logging_steps=2", "--save_strategy=epoch", "--seed=0"]
 SHORT += ["--report_to=none", "--use_cpu", "--output_dir=out"]
+
+
+def draw_images(folder, size):
+    """16 images to train on and 8 for validation, of two classes, in a folder for each."""
+    import numpy
+    from PIL import Image
+
+    pixels = numpy.random.default_rng(0)
+    for i in range(24):
+        place = folder / ("train" if i < 16 else "validation") / "ab"[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.integers(0, 256, (size, size, 3), dtype="uint8")).save(place / f"{i}.png")
 
 
 @pytest.mark.parametrize("name", ["run_glue", "run_classification"])
@@ -32,18 +45,12 @@ def test_image_classification_of_transformers(home, run, tmp_path):
 
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("the script needs torchvision")
-    import numpy
-    from PIL import Image
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **sizes)).save_pretrained(tmp_path / "vit")
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
-    pixels = numpy.random.default_rng(0)
-    for i in range(24):
-        folder = tmp_path / "images" / ("train" if i < 16 else "validation") / "ab"[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.integers(0, 256, (16, 16, 3), dtype="uint8")).save(folder / f"{i}.png")
+    draw_images(tmp_path / "images", 16)
     data = [f"--train_dir={tmp_path}/images/train", f"--validation_dir={tmp_path}/images/validation"]
     options = [
         "--do_train",
@@ -60,6 +67,18 @@ def test_image_classification_of_transformers(home, run, tmp_path):
     ]
     run(*LAUNCH, script, *model, *data, *options, *SHORT)
     check_saved(tmp_path / "out" / "checkpoint-4", beta=1000.0)
+
+
+def test_train_py_of_timm(run, tmp_path):
+    script = examples("TIMM_EXAMPLES", "train.py")
+    draw_images(tmp_path / "images", 40)
+    model = ["--model=test_vit", "--img-size=32", "--num-classes=2", "--device=cpu", "--workers=0"]
+    options = ["--opt=sadamw", "--opt-kwargs", "beta=50", "--lr=1e-3", "--weight-decay=0.05"]
+    length = ["--epochs=2", "--batch-size=4", "--warmup-epochs=0", "--cooldown-epochs=0"]
+    run(*LAUNCH, "--timm", script, "--data-dir=images", *model, *options, *length, "--output=out")
+    checkpoint = torch.load(next(tmp_path.rglob("last.pth.tar")), weights_only=False)["optimizer"]
+    assert {group["beta"] for group in checkpoint["param_groups"]} == {50}
+    assert {int(entry["step"]) for entry in checkpoint["state"].values()} == {8}
 
 
 def test_trl_sft(home, run, tmp_path):
@@ -104,8 +123,6 @@ def test_a_lightning_cli_project(run, tmp_path):
     options = ["--optimizer=sadam_integrations.SadamW", "--optimizer.lr=0.05", "--optimizer.beta=50"]
     trainer = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 0, "accelerator": "cpu"}
     run("main.py", "fit", *options, *(f"--trainer.{key}={value}" for key, value in trainer.items()))
-    import torch
-
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     (state,) = torch.load(checkpoint, weights_only=True)["optimizer_states"]
     assert state["param_groups"][0]["beta"] == 50 and state["state"][0]["step"] == 4
