@@ -200,8 +200,7 @@ def extra_memory(step: Callable[[], Any], params: Sequence[Tensor]) -> float | N
 
 def resident(key: str) -> int:
     """Bytes of this process in memory, now (VmRSS) or at their peak (VmHWM), as Linux tells."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+    return 1024 * int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0])
 
 
 def prepare(contestant: Contestant, params: Sequence[Tensor]) -> tuple[Any, Callable[[], Any], float]:
@@ -276,7 +275,7 @@ def tensors(shapes: Sequence[tuple[int, ...]], device: str) -> list[Tensor]:
 
 def skip(skipped: dict[str, str], name: str, error: Exception) -> None:
     """Notes and says why an optimizer is left out."""
-    skipped[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+    skipped[name] = recipe.reason(error)
     recipe.say(f"skipped: {name}: {skipped[name]}")
 
 
@@ -303,8 +302,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         lines += ["", f"| {' | '.join([f'{workload}, {setting}', *heads])} |", f"|{' --- |' * (1 + len(heads))}"]
         for row in (row for row in rows if (row["workload"], row["setting"]) == (workload, setting)):
             extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.1f}"
-            low, high = row["quartiles"]
-            cells = [row["optimizer"], f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}", row["baseline"]]
+            quartiles = "{:.2f} to {:.2f}".format(*row["quartiles"])
+            cells = [row["optimizer"], f"{row['ratio']:.2f}", quartiles, row["baseline"]]
             cells += [f"{row['milliseconds']:.3g}", f"{row['bytes_per_parameter']:.1f}", f"{row['gb_per_s']:.3g}"]
             cells += [f"{row['share_of_floor']:.0%}", extra, f"{row['first_step_milliseconds']:.1f}"]
             lines.append(f"| {' | '.join(cells)} |")

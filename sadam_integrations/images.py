@@ -228,13 +228,11 @@ def hub(
             raise RecipeError(f"{key}: {where} has no column {column!r}, only {data.column_names}")
     if not isinstance(data.features[image_column], datasets.Image):
         raise RecipeError(f"image_column: {image_column!r} of {where} holds {data.features[image_column]}, not images")
-    try:
-        found = data.unique(label_column)
-    except NotImplementedError:  # lists, objects or values of several kinds
-        found = [data.features[label_column]]
+    kind = data.features[label_column]
+    found = data.unique(label_column) if isinstance(kind, datasets.Value | datasets.ClassLabel) else [kind]
     if not all(isinstance(label, int | str) for label in found):
         raise RecipeError(f"label_column: {label_column!r} of {where} holds {found[:3]}, not classes, none missing")
-    declared = getattr(data.features[label_column], "names", None)
+    declared = getattr(kind, "names", None)
     numbers: dict[Any, int] = {i if declared else v: i for i, v in enumerate(declared or sorted(found))}
     if not declared and names:
         numbers = {value: names.index(str(value)) for value in found if str(value) in names}

@@ -24,15 +24,7 @@ from typing import Any, TypeVar
 import torch
 
 from sadam_integrations import alr, plots
-from sadam_integrations.run_folder import (
-    RecipeError,
-    is_main_process,
-    not_written,
-    open_run,
-    reason,
-    say,
-    write_result,
-)
+from sadam_integrations.run_folder import RecipeError, is_main_process, not_written, open_run, reason, say, write_result
 
 __all__ = [
     "RecipeError",
@@ -194,10 +186,8 @@ def _split(argv: Sequence[str], default_config: Path, flags: list[str]) -> tuple
             word = f"--config={rest.pop(0)}"
         if word.startswith("--config="):
             file = Path(word.partition("=")[2])
-            file = (
-                file if os.path.isfile(file) else named.get(str(file), file)
-            )  # False, too, for a name that is too long
-            if not os.path.isfile(file):
+            file = file if os.path.isfile(file) else named.get(str(file), file)
+            if not os.path.isfile(file):  # False, too, for a name that is too long
                 raise RecipeError(f"config: {str(file)!r} is neither a file nor one of {', '.join(named)}")
             if _holds_keys(file):
                 files.append(f"--config={file}")
