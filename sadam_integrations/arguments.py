@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sadam_integrations.update import BIAS_CORRECTIONS
 
-LARGEST_BETA = 1e38
-"""The largest power of ten that float32 holds."""
+SMALLEST_BETA, LARGEST_BETA = 1e-30, 1e38
+"""Between these ``1 / beta`` and ``beta`` are float32 numbers, with room for what they are multiplied by."""
 
 
 def check(source: str, group: dict[str, Any]) -> None:
@@ -57,8 +57,10 @@ def check(source: str, group: dict[str, Any]) -> None:
         )
     if not (beta == "auto" if isinstance(beta, str) else _is_number(beta)):
         raise TypeError(f'{source}: Invalid beta: {beta!r}: beta is a positive number or "auto"')
-    if beta != "auto" and not 0 < beta < LARGEST_BETA:
-        raise ValueError(f'{source}: Invalid beta: {beta}: beta is positive and below {LARGEST_BETA:g}, or "auto"')
+    if beta != "auto" and not SMALLEST_BETA <= beta < LARGEST_BETA:
+        raise ValueError(
+            f'{source}: Invalid beta: {beta}: beta is at least {SMALLEST_BETA:g} and below {LARGEST_BETA:g}, or "auto"'
+        )
 
     if not _is_number(weight_decay):
         raise TypeError(f"{source}: Invalid weight_decay value: {weight_decay!r}: weight_decay is a number")

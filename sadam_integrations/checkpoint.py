@@ -92,7 +92,7 @@ def check_shapes(name: str, groups: list[dict[str, Any]], state: Mapping[Any, An
     """
     for i, p in enumerate(p for group in groups for p in group["params"]):
         for key, value in state.get(p, {}).items():
-            if key in ("step", "beta") or not isinstance(value, Tensor):
+            if key not in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") or not isinstance(value, Tensor):
                 continue
             if value.layout != torch.strided:
                 raise ValueError(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from itertools import compress
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -70,6 +69,8 @@ class Sadam(Optimizer):
 
     _amsgrad = False
     _decoupled = False
+    _memos: dict[int, dict[str, Any]]
+    """What backends and calibration keep between the steps of each parameter group; it is neither saved nor copied."""
 
     def __init__(
         self,
@@ -94,6 +95,8 @@ class Sadam(Optimizer):
             raise TypeError(f"param_group must be a dict, but got a {type(param_group).__name__}")
         own = {key: plain(param_group[key]) for key in self.defaults if key in param_group}
         check(type(self).__name__, {**self.defaults, **own})
+        if not hasattr(self, "_memos"):  # the constructor comes here, too
+            self._memos = {}
         super().add_param_group({**param_group, **own})
         try:
             backends.pick(self.param_groups[-1]["params"], self.param_groups[-1])
@@ -123,7 +126,7 @@ class Sadam(Optimizer):
 
         compiling = torch.compiler.is_compiling()
         checked = [None] * len(self.param_groups) if compiling else self._checked_gradients(closure)
-        memos = {} if compiling else _MEMOS.setdefault(self, {})
+        memos = {} if compiling else self._memos
         for i, (group, every) in enumerate(zip(self.param_groups, checked, strict=True)):
             with torch.set_grad_enabled(group["differentiable"]):
                 self._step_group(group, every, memos.setdefault(i, {}), compiling)
@@ -139,7 +142,7 @@ class Sadam(Optimizer):
         for group in self.param_groups:
             check(f"{name}.step", group)
             every = [p.grad for p in group["params"]]
-            if any(grad is not None and grad.is_sparse for grad in every):
+            if any(map(attrgetter("is_sparse"), [grad for grad in every if grad is not None])):
                 raise RuntimeError(f"{name} does not support sparse gradients: use torch.optim.SparseAdam for them")
             if group["fused"]:
                 backends.pick(group["params"], group)
@@ -242,7 +245,7 @@ class Sadam(Optimizer):
         """Completes what an older version, an Adam checkpoint or a pickle may lack; refuses moments that do not fit."""
         checkpoint.check_shapes(type(self).__name__, state["param_groups"], state["state"])
         super().__setstate__(state)
-        _MEMOS.pop(self, None)
+        self._memos = {}
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -352,10 +355,6 @@ class SAMSGradW(Sadam):
         differentiable: bool = False,
     ) -> None:
         Optimizer.__init__(self, params, _defaults(locals()))
-
-
-_MEMOS: WeakKeyDictionary[Optimizer, dict[int, dict[str, Any]]] = WeakKeyDictionary()
-"""What backends and calibration keep between the steps of each parameter group; outside of what is saved and copied."""
 
 
 def _defaults(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def test_one_step_is_the_specification_in_float64(isa, case):
         if got is None:
             continue
         rounding = ULP[dtype] * (target.abs() / 2 + old.double().abs() * 2**-10)
-        slack = 3e-7 * (reach[k] if k else moved + p64.abs())
+        slack = 6e-7 * (reach[k] if k else moved + p64.abs())  # ten roundings
         smallest = 6e-8 if dtype == torch.float16 else 1e-37
         held = target.abs() < torch.finfo(dtype).max
         assert ((got.double() - target).abs() <= 1.01 * rounding + slack + smallest)[held].all(), k
@@ -377,9 +377,7 @@ def test_what_it_does_not_serve_falls_back_one_by_one(cls, beta, fused):
 
 
 def kernel_table(optimizer, group=0):
-    from sadam_integrations.optimizer import _MEMOS
-
-    return _MEMOS[optimizer][group]["cpu"]
+    return optimizer._memos[group]["cpu"]
 
 
 def swap_data(params, optimizer):
@@ -607,9 +605,8 @@ kernel.load = lambda: library
 from sadam_integrations import SadamW, SAMSGrad
 if len(sys.argv) > 2:  # a fault on purpose: one block more than there is
     p = torch.nn.Parameter(torch.ones(640)); optimizer = SadamW([p]); p.grad = torch.ones(640); optimizer.step()
-    from sadam_integrations.optimizer import _MEMOS
-    _MEMOS[optimizer][0]["cpu"].arrays[0][0] += 64
-    _MEMOS[optimizer][0]["cpu"].arrays[1][1] += 1
+    optimizer._memos[0]["cpu"].arrays[0][0] += 64
+    optimizer._memos[0]["cpu"].arrays[1][1] += 1
     optimizer.step()
 for name in library.sets:
     kernel.force(name)

@@ -73,11 +73,12 @@ INLINE float load(const void *from, int64_t i, int dtype) {
     if (dtype == FLOAT32 || dtype == BARE) return ((const float *)from)[i];
     uint32_t half = ((const uint16_t *)from)[i];
     if (dtype == BFLOAT16) return from_bits(half << 16);
-    /* half: shift the exponent into place, rescale; infinities and NaN get the exponent of float's */
+    /* half: shift the exponent into place and move its bias, without subnormal floats, which may be flushed to zero */
     uint32_t body = (half & 0x7fff) << 13;
-    float scaled = from_bits(body) * 0x1p112f;
-    uint32_t special = body >= 0x0f800000 ? body | 0x7f800000 : to_bits(scaled);
-    return from_bits(special | (half & 0x8000) << 16);
+    uint32_t subnormal = to_bits(from_bits(body + (113 << 23)) - 0x1p-14f);
+    uint32_t bits = body < 0x00800000 ? subnormal : body + (112 << 23);
+    bits = body >= 0x0f800000 ? body | 0x7f800000 : bits;
+    return from_bits(bits | (half & 0x8000) << 16);
 }
 
 INLINE void store(void *to, int64_t i, float x, int dtype) {
@@ -201,6 +202,9 @@ typedef struct {
     int32_t decoupled, maximize, amsgrad, dtype;
 } Counting;
 
+/* What cpu.py compares with its own before it calls anything. */
+EXPORT const int64_t sadam_sizes[] = {sizeof(Options), sizeof(Table), sizeof(Counting), sizeof(Factors)};
+
 #define BINS 2048
 #define SHIFT 20 /* keeps the exponent and three bits of the mantissa */
 
@@ -295,7 +299,7 @@ static void run(int64_t begin, int64_t end, void *context) {
         if (start >= stop) continue;
         w->kernel(t->param[k], t->grad[k], t->exp_avg[k], t->exp_avg_sq[k],
                   w->amsgrad ? t->max_exp_avg_sq[k] : 0, start, stop, w->constants, t->factors[k],
-                  w->bare ? BARE : t->dtype[k], w->amsgrad, w->coupled);
+                  w->bare && t->dtype[k] == FLOAT32 ? BARE : t->dtype[k], w->amsgrad, w->coupled);
     }
 }
 

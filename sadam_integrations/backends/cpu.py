@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from itertools import accumulate, compress
-from operator import attrgetter, is_, not_
+from operator import is_, not_
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from sadam_integrations.backends.for_loop import for_loop
-from sadam_integrations.backends.rows import PLAIN, Rows, rows_of
+from sadam_integrations.backends.rows import Layouts, Rows, check_memory, dense, rows_of
 from sadam_integrations.update import BIAS_CORRECTIONS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCK = 64
 """Elements in a unit of work, as in _cpu.c."""
 
-ONE = torch.ones(())
 FACTORS = 11 * 4
 """Bytes of its `Factors`."""
 
@@ -80,9 +79,16 @@ def load() -> Library | str:
         return f"{files[0].name} cannot be loaded ({error}); {REBUILD}"
 
 
-def open_library(path: str | Path) -> Library:
-    """Loads a build of the C source and asks which of its instruction sets this CPU has."""
+def open_library(path: str | Path) -> Library | str:
+    """Loads a build of the C source and asks which of its instruction sets this CPU has.
+
+    Returns:
+        The library, or the reason as text if it is not of this source, as in an editable install that was updated.
+    """
     handle = ctypes.CDLL(str(path))
+    sizes = [*map(ctypes.sizeof, (_Options, _Columns, _Counting)), FACTORS]
+    if not hasattr(handle, "sadam_sizes") or [*(ctypes.c_int64 * len(sizes)).in_dll(handle, "sadam_sizes")] != sizes:
+        return f"{Path(path).name} was built from another version of the package; {REBUILD}"
     handle.sadam_instruction_set.restype = ctypes.c_char_p
     handle.sadam_step.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     handle.sadam_count.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
@@ -147,45 +153,40 @@ class _Table:
         self.served = [_fits(*row) for row in rows.each()]
         columns = [list(compress(column, self.served)) for column in rows.columns]
         self.addresses = rows.addresses(self.served)
-        self.params = columns[0]
-        self.dtypes = [p.dtype for p in self.params]
-        self.numels = [p.numel() for p in self.params]
-        n = len(self.params)
-        blocks = accumulate((-(-numel // BLOCK) for numel in self.numels), initial=0)
+        self.layouts = Layouts(columns[0])
+        n, numels = len(columns[0]), self.layouts.numels
+        blocks = accumulate((-(-numel // BLOCK) for numel in numels), initial=0)
         p, m, v, *v_max, step = (array("Q", self.addresses[i * n : (i + 1) * n]) for i in range(len(columns)))
         self.arrays: list[Any] = [
-            array("q", self.numels), array("q", blocks), p, array("Q"), m, v, *(v_max or [array("Q")]), step,
-            array("d"), array("B", (DTYPES[dtype] for dtype in self.dtypes)), array("B", bytes(FACTORS * n)),
+            array("q", numels), array("q", blocks), p, array("Q"), m, v, *(v_max or [array("Q")]), step,
+            array("d"), array("B", (DTYPES[dtype] for dtype in self.layouts.dtypes)), array("B", bytes(FACTORS * n)),
         ]  # fmt: skip
         self.columns = _Columns(n, *(a.buffer_info()[0] for a in self.arrays))
 
     def holds(self, rows: Rows) -> bool:
         """Whether these are the very tensors of the table, where they were, with gradients that fit."""
-        grads = list(compress(rows.grads, self.served))
         return (
             len(rows.stored) == len(self.given)
             and all(map(is_, rows.stored, self.given))
             and all(compress(rows.whole, self.served))
             and rows.addresses(self.served) == self.addresses
-            and list(map(attrgetter("dtype"), grads)) == self.dtypes
-            and list(map(Tensor.numel, grads)) == self.numels
-            and all(map(Tensor.is_contiguous, grads))
+            and self.layouts.hold(*rows.chosen(self.served))
             and (all(self.served) or self.served == [_fits(*row) for row in rows.each()])
         )
+
+    def gradients(self, rows: Rows) -> array:
+        """Where the gradients lie."""
+        return array("Q", map(Tensor.data_ptr, compress(rows.grads, self.served)))
 
 
 def _fits(whole: bool, grad: Tensor, param: Tensor, *rest: Tensor) -> bool:
     *moments, step = rest
-    tensors = (param, grad, *moments)
-    return (
-        whole
-        and all(type(t) in PLAIN and t.is_cpu for t in (*tensors, step))
-        and param.dtype in DTYPES
-        and param.numel() > 0
-        and not param.is_inference()
-        and step.dtype == torch.float32
-        and all(t.dtype == param.dtype and t.numel() == param.numel() and t.is_contiguous() for t in tensors)
-    )
+    return whole and _served(param, grad, *moments) and step.is_cpu and step.dtype == torch.float32
+
+
+def _served(param: Tensor, *others: Tensor) -> bool:
+    known = param.is_cpu and param.dtype in DTYPES and param.numel() > 0 and not param.is_inference()
+    return known and dense((param, *others))
 
 
 def cpu(
@@ -208,17 +209,17 @@ def cpu(
     assert isinstance(library, Library), library
     amsgrad = max_exp_avg_sqs[0] is not None
     rows = rows_of(grads, [params, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if amsgrad else []), steps])  # type: ignore[list-item]
-    table = memo.get("cpu")
-    if table is None or not table.holds(rows):
+    table: _Table | None = memo.get("cpu")
+    grad = table.gradients(rows) if table is not None and table.holds(rows) else None
+    if table is None or grad is None or 0 in grad:
         table = memo["cpu"] = _Table(rows)
-    grad = array("Q", map(Tensor.data_ptr, compress(rows.grads, table.served)))
-    if 0 in grad or 0 in table.addresses:
-        raise RuntimeError("the memory of a parameter, of its gradient or of its state has been freed")
+        grad = table.gradients(rows)
+    check_memory(*grad, *table.addresses)
     if not all(table.served):
         others = list(map(not_, table.served))
         given = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas)
         for_loop(*(list(compress(column, others)) for column in given), **options)  # type: ignore[arg-type]
-    if not table.params:
+    if not grad:
         return
     beta = array("d", compress(betas, table.served))
     table.columns.grad, table.columns.beta = grad.buffer_info()[0], beta.buffer_info()[0]
@@ -229,7 +230,7 @@ def cpu(
     )  # fmt: skip
     which = library.sets[instruction_set()]  # type: ignore[index]
     library.handle.sadam_step(ctypes.byref(table.columns), ctypes.byref(settings), which, library.parallel_for)
-    torch.autograd.graph.increment_version(table.params)
+    torch.autograd.graph.increment_version(list(compress(params, table.served)))
 
 
 def count(
@@ -262,9 +263,10 @@ def count(
     """
     library = load()
     moments = (exp_avg_sq,) if max_exp_avg_sq is None else (exp_avg_sq, max_exp_avg_sq)
-    if isinstance(library, str) or not _fits(True, grad, param, *moments, ONE):
+    if isinstance(library, str) or not _served(param, grad, *moments):
         return None
-    counts = torch.zeros(2048, dtype=torch.int64)
+    check_memory(*map(Tensor.data_ptr, (param, grad, *moments)))
+    counts = torch.zeros(2048, dtype=torch.int64, device="cpu")
     largest = None if max_exp_avg_sq is None else max_exp_avg_sq.data_ptr()
     work = _Counting(
         param.data_ptr(), grad.data_ptr(), exp_avg_sq.data_ptr(), largest, param.numel(), counts.data_ptr(),

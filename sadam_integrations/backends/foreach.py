@@ -29,7 +29,8 @@ def foreach(
     batches = defaultdict(list)
     for row in zip(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas, strict=True):
         param, grad, beta = row[0], row[1], row[-1]
-        kind = None if beta == 0 else (type(param), param.device, param.dtype, grad.dtype, type(grad), _mesh(param))
+        dtypes = tuple(None if t is None else t.dtype for t in row[:5])
+        kind = None if beta == 0 else (type(param), param.device, dtypes, type(grad), _mesh(param))
         batches[kind].append(row)
     for kind, rows in batches.items():
         columns = [list(column) for column in zip(*rows, strict=True)]
@@ -74,7 +75,7 @@ def _batch(
     torch._foreach_mul_(updates, [gain * lr * for_lr for for_lr, _ in factors])
     torch._foreach_sub_(p, updates)
 
-    if params[0].dtype in HALF:
-        for tensors, wide in zip(stored, work, strict=True):
+    for tensors, wide in zip(stored, work, strict=True):
+        if tensors[0].dtype in HALF:
             for old, new in zip(tensors, wide, strict=True):
                 old.copy_(new)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, compress
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +32,55 @@ class Rows(NamedTuple):
         """The rows: whether the tensors belong together, the gradient, and the rest."""
         return zip(self.whole, self.grads, *self.columns, strict=True)
 
+    def chosen(self, served: list[bool]) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradients and the parameters of the rows that are served."""
+        return list(compress(self.grads, served)), list(compress(self.columns[0], served))
+
     def addresses(self, served: list[bool]) -> list[int]:
         """Where the tensors of the columns lie, without the rows that are not served."""
         return list(map(Tensor.data_ptr, compress(chain(*self.columns), served * len(self.columns))))
+
+
+class Layouts:
+    """What a kernel relies on in gradients and parameters beside their addresses, to be compared at each step."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.dtypes = [p.dtype for p in params]
+        self.numels = [p.numel() for p in params]
+        self.bytes = [p.nbytes for p in params]
+        self.single = [n == 1 for n in self.numels]
+
+    def hold(self, grads: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
+        """Whether all are as they were: ``p.data`` may have been replaced by another view of the same memory."""
+        return (
+            list(map(attrgetter("dtype"), grads)) == self.dtypes
+            and list(map(Tensor.numel, grads)) == self.numels
+            and list(map(attrgetter("nbytes"), params)) == self.bytes
+            and all(map(Tensor.is_contiguous, grads))
+            and all(map(Tensor.is_contiguous, params))
+            and not any(map(Tensor.is_neg, compress(grads, self.single)))  # larger ones are not contiguous
+        )
+
+
+def dense(tensors: Sequence[Tensor]) -> bool:
+    """Whether the memory of these holds their values in order, all of the first one's dtype and shape."""
+    first = tensors[0]
+    return all(
+        type(t) in PLAIN
+        and t.dtype == first.dtype
+        and t.shape == first.shape
+        and t.device == first.device
+        and t.is_contiguous()
+        and not t.is_neg()  # autograd leaves the sign of a conjugate's imaginary part for later
+        and not t._is_zerotensor()
+        for t in tensors
+    )
+
+
+def check_memory(*addresses: int) -> None:
+    """Raises where there is no memory at an address of the tensors of a step."""
+    if 0 in addresses:
+        raise RuntimeError("the memory of a parameter, of its gradient or of its state has been freed")
 
 
 def rows_of(grads: Sequence[Tensor], columns: Sequence[Sequence[Tensor]]) -> Rows:

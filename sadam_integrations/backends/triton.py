@@ -8,14 +8,14 @@ import math
 import os
 from collections.abc import Sequence
 from itertools import chain, compress
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sadam_integrations.backends.for_loop import for_loop
-from sadam_integrations.backends.rows import PLAIN, Rows, rows_of
+from sadam_integrations.backends.rows import PLAIN, Layouts, Rows, check_memory, dense, rows_of
 from sadam_integrations.update import BiasCorrection, corrections
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -77,6 +77,7 @@ def triton(
         for_loop(*(list(compress(column, others)) for column in given), capturable=capturable, **options)  # type: ignore[arg-type]
     for launch in table.launches:
         launch(rows.grads, steps, betas, capturing, **options)
+    torch.autograd.graph.increment_version(list(compress(params, table.served)))
 
 
 class _Table:
@@ -89,21 +90,19 @@ class _Table:
         kinds = dict.fromkeys(kind for kind in self.kinds if kind is not None)
         self.launches = [_Launch(rows, [k == kind for k in self.kinds]) for kind in kinds]
         self.addresses = rows.addresses(self.served)
-        self.dtypes = [p.dtype for p in compress(rows.columns[0], self.served)]
-        self.numels = [p.numel() for p in compress(rows.columns[0], self.served)]
+        check_memory(*self.addresses)
+        self.layouts = Layouts(list(compress(rows.columns[0], self.served)))
 
     def holds(self, rows: Rows) -> bool:
         """Whether these are the very tensors of the table, where they were, with gradients as they were."""
-        grads = list(compress(rows.grads, self.served))
+        grads, params = rows.chosen(self.served)
         return (
             len(rows.stored) == len(self.given)
             and all(map(is_, rows.stored, self.given))
             and all(compress(rows.whole, self.served))
             and rows.addresses(self.served) == self.addresses
             and {*map(type, grads)} <= PLAIN
-            and list(map(attrgetter("dtype"), grads)) == self.dtypes
-            and list(map(Tensor.numel, grads)) == self.numels
-            and all(map(Tensor.is_contiguous, grads))
+            and self.layouts.hold(grads, params)
             and (all(self.served) or self.kinds == [_kind(*row) for row in rows.each()])
         )
 
@@ -115,15 +114,8 @@ class _Table:
 def _kind(whole: bool, grad: Tensor, param: Tensor, *rest: Tensor) -> tuple[Any, ...] | None:
     """What must be the same for the tensors of one launch; None for those that the kernel does not serve."""
     *moments, step = rest
-    tensors = (param, grad, *moments)
-    if (
-        whole
-        and all(type(t) in PLAIN and t.device == param.device for t in tensors)
-        and param.dtype in DTYPES
-        and param.numel() > 0
-        and (param.is_cpu if _interpreted() else param.is_cuda)
-        and all(t.dtype == param.dtype and t.numel() == param.numel() and t.is_contiguous() for t in tensors)
-    ):
+    known = param.dtype in DTYPES and param.numel() > 0 and (param.is_cpu if _interpreted() else param.is_cuda)
+    if whole and known and dense((param, grad, *moments)):
         return param.device, param.dtype, step.device
     return None
 
@@ -158,12 +150,13 @@ class _Launch:
     def __call__(
         self, grads, steps, betas, capturing, *, beta1, beta2, weight_decay, decoupled, maximize, **options
     ) -> None:
+        addresses = list(map(Tensor.data_ptr, compress(grads, self.chosen)))
+        check_memory(*addresses)
         steps = list(compress(steps, self.chosen))
         if steps[0].is_cpu:
-            torch._foreach_add_(steps, torch.ones(()), alpha=1)  # four times as fast as adding a number
+            torch._foreach_add_(steps, torch.ones((), device="cpu"), alpha=1)  # four times as fast as adding a number
         else:
             torch._foreach_add_(steps, 1)
-        addresses = list(map(Tensor.data_ptr, compress(grads, self.chosen)))
         gradients = self._find(addresses, capturing)
         decay = weight_decay if decoupled else 0.0
         factors = self._factors(steps, list(compress(betas, self.chosen)), beta1, beta2, decay=decay, **options)
@@ -175,7 +168,6 @@ class _Launch:
                 DTYPE=getattr(tl, DTYPES[self.dtype]), BLOCK=BLOCK, AMSGRAD=self.amsgrad, MAXIMIZE=maximize,
                 COUPLED=coupled, ALIGNED=self.aligned and _aligned(addresses), enable_fp_fusion=True,
             )  # fmt: skip
-        torch.autograd.graph.increment_version(self.params)
 
     def _find(self, addresses: list[int], capturing: bool) -> Tensor:
         """The gradients' addresses on the device; a new tensor for new ones, as an earlier step may still read the old.
@@ -193,7 +185,8 @@ class _Launch:
             self.spare = None
             return gradients
         if self.spare is None:
-            self.spare = torch.empty(len(addresses), dtype=torch.int64, pin_memory=self.device.type == "cuda")
+            pinned = self.device.type == "cuda"
+            self.spare = torch.empty(len(addresses), dtype=torch.int64, device="cpu", pin_memory=pinned)
         if addresses != self.addresses:
             self.gradients, self.addresses = _upload(torch.tensor(addresses), self.device), addresses
         return self.gradients
@@ -217,7 +210,7 @@ class _Launch:
         s = sharp * for_root
         rate = moves * (gain * lr * for_lr / for_root)
         shrink = torch.ones_like(s) * (1 - lr * decay)
-        return _upload(torch.stack([s / math.log(2), 1 / s, rate, shrink]).float(), self.device)
+        return _upload(torch.stack([(s / math.log(2)).clamp(max=3e38), 1 / s, rate, shrink]).float(), self.device)
 
 
 def _aligned(addresses) -> bool:

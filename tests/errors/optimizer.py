@@ -80,9 +80,9 @@ BUILDING = [
         'Give a number or `"auto"`.',
     ),
     Row(
-        "beta is positive and below",
+        "beta is at least",
         build(beta=-50.0),
-        "`beta` is zero, negative, infinite or not a number.",
+        "`beta` is zero, negative, not a number, or out of float32's range.",
         'Give a positive number or `"auto"`.',
     ),
     Row("weight_decay is a number", build(weight_decay="0.1"), "`weight_decay` is a text or a bool.", "Give a float."),
