@@ -293,7 +293,7 @@ def training_arguments(config: Config) -> tuple[Any, Any]:
             **renamed,
         )
         return args, named_optimizer(args, config.optimizer, config.optimizer_args)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise RecipeError(" ".join(str(error).split())) from None
 
 
@@ -307,8 +307,9 @@ def read_split(config: Config, file: str | None, split: str) -> Any:
     try:
         if file:
             with open(file, "rb") as data:  # the reader of JSON takes the whole process along if null comes first
-                if FORMATS[Path(file).suffix] == "json" and data.read(1000).lstrip()[:1] in (b"n", b""):
-                    raise ValueError("it does not begin with an object such as {...}")
+                first = data.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+            if FORMATS[Path(file).suffix] == "json" and first in (b"n", b""):
+                raise ValueError("it does not begin with an object such as {...}")
             dataset = load_dataset(FORMATS[Path(file).suffix], data_files=file, split="train")
         else:
             dataset = load_dataset(config.dataset, config.subset, split=split)

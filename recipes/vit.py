@@ -45,7 +45,7 @@ from torch.nn.functional import cross_entropy
 
 from sadam_integrations import augment, recipe
 from sadam_integrations import images as data
-from sadam_integrations.factory import create_optimizer
+from sadam_integrations.factory import create_optimizer, trial_groups
 from sadam_integrations.lightning import ALRMonitor, training
 from sadam_integrations.param_groups import param_groups
 from sadam_integrations.recipe import RecipeError
@@ -314,11 +314,12 @@ def run(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     if last := trainer.strategy.broadcast(checkpoint.last()):
         recipe.say(f"Resuming from {last}")
     with data.plain_errors():
-        training.fit(trainer, module, loaders["train"], loaders["validation"], ckpt_path=last)
+        training.interruptible(trainer.fit, module, loaders["train"], loaders["validation"], ckpt_path=last)
 
     metrics = {f"validation_{key}": history.points["validation"][-1][key] for key in ("accuracy", "f1", "loss")}
     if "test" in loaders:
-        metrics |= training.rounded(trainer.test(module, loaders["test"], verbose=False)[0])
+        tested = training.interruptible(trainer.test, module, loaders["test"], verbose=False)
+        metrics |= training.rounded(tested[0])
     seconds = time.time() - start
     if not recipe.is_main_process():
         return {"metrics": metrics, "history": history.points}
@@ -374,7 +375,7 @@ def build(config: Config, train: data.Source) -> ViT:
         model = ViTForImageClassification(shape)
     key = "optimizer"
     try:
-        optimizer = make_optimizer(config, [{"params": [torch.zeros(1, 1, requires_grad=True)]}])
+        optimizer = make_optimizer(config, trial_groups())
         key = "scheduler"
         schedule = get_scheduler(config.scheduler, optimizer, 0, 1)
         if type(schedule) is not torch.optim.lr_scheduler.LambdaLR:

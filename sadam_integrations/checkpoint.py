@@ -66,6 +66,7 @@ def adopt(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         if i in known and all(key in saved for key in MOMENTS):
             state[i] = {key: saved[key] for key in keys if key in saved}
             _check_state(f"{name}.load_state_dict, parameter {i}", state[i])
+            state[i]["step"] = float(state[i]["step"])
     if unknown := [i for i in state_dict["state"] if i not in known]:
         _warn(
             f"{name}: the checkpoint has the state of {len(unknown)} parameters that are in none of its groups, such "
@@ -113,8 +114,14 @@ def _check_form(source: str, state_dict: Any) -> None:
             f"state dict, which has state and param_groups: it may be one part of what was saved"
         )
     groups, states = state_dict["param_groups"], state_dict["state"]
-    whole = isinstance(groups, (list, tuple)) and isinstance(states, Mapping)
-    if not whole or not all(isinstance(g, Mapping) and isinstance(g.get("params"), (list, tuple)) for g in groups):
+    if not isinstance(states, Mapping):
+        raise ValueError(f"{source}: state is a {type(states).__name__}, not a dict: the checkpoint is damaged")
+    if not isinstance(groups, (list, tuple)) or not all(
+        isinstance(group, Mapping)
+        and isinstance(group.get("params"), (list, tuple))
+        and all(isinstance(i, (int, str)) for i in group["params"])
+        for group in groups
+    ):
         raise ValueError(f"{source}: param_groups is not a list of groups with params: the checkpoint is damaged")
     for i, saved in states.items():
         if not isinstance(saved, Mapping):
@@ -125,9 +132,9 @@ def _check_form(source: str, state_dict: Any) -> None:
 
 def _check_state(source: str, state: dict[str, Any]) -> None:
     step = state["step"]
-    if isinstance(step, Tensor) and step.numel() == 1:
+    if isinstance(step, Tensor) and step.numel() == 1 and step.layout == torch.strided:
         step = step.item()
-    if not isinstance(step, (int, float)) or not 0 <= step < math.inf:
+    if not isinstance(step, (int, float)) or not 0 <= step < 2**63:
         raise ValueError(f"{source}: step={step!r} is not a count of steps: the checkpoint is damaged")
     for key in set(state) - {"step", "beta"}:
         if not isinstance(state[key], Tensor):

@@ -112,6 +112,11 @@ def create_optimizer(name: str, model_or_params: nn.Module | ParamsT, **kwargs: 
     return cls(params, **{**implied, **kwargs})
 
 
+def trial_groups() -> list[dict[str, Any]]:
+    """Returns a bias and a weight in a group each, to see whether an optimizer can be built for a model."""
+    return [{"params": [torch.zeros(*shape, requires_grad=True)]} for shape in ((1,), (1, 1))]
+
+
 def keywords(cls: type[Optimizer]) -> dict[str, inspect.Parameter]:
     """Returns the arguments of an optimizer class after ``params``, by name and in order."""
     return {key: value for key, value in inspect.signature(cls).parameters.items() if key != "params"}

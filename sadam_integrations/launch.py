@@ -72,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(f"{argv[0]} comes before the script: the script's own options go after its name")
     if not as_module and not os.path.exists(argv[0]):
         _fail(f"there is no script {argv[0]!r} in {os.getcwd()!r}; a module is run with -m")
+    if not as_module and os.path.isdir(argv[0]) and not os.path.exists(os.path.join(argv[0], "__main__.py")):
+        _fail(f"{argv[0]!r} is a folder without a __main__.py")
+    if as_module and not _can_be_run(argv[0]):
+        _fail(f"there is no module {argv[0]!r} that can be run; a script is run without -m")
 
     try:
         if option == "--timm":
@@ -95,6 +99,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not getattr(sys.flags, "safe_path", False):  # python -P puts no folder first in the path, so none is replaced
         sys.path[0] = os.path.dirname(os.path.realpath(argv[0]))
     runpy.run_path(os.path.abspath(argv[0]), run_name="__main__")
+
+
+def _can_be_run(module: str) -> bool:
+    try:
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.submodule_search_locations is not None:  # a package
+            spec = importlib.util.find_spec(f"{module}.__main__")
+    except ImportError as error:
+        if error.name and not module.startswith(error.name):  # it is there, and lacks something
+            raise
+        return False
+    except ValueError:  # ""
+        return False
+    return spec is not None
 
 
 def _hand_on(options: list[str]) -> None:

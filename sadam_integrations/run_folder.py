@@ -45,7 +45,7 @@ logging.getLogger("sadam_integrations").addHandler(logging.NullHandler())
 
 
 class RecipeError(Exception):
-    """Something that the person who started the recipe can mend: shown as one line, without a stack trace."""
+    """Something that the person who started the recipe can correct: shown as one line, without a stack trace."""
 
 
 def is_main_process() -> bool:
@@ -126,13 +126,14 @@ def open_run(config: Any, source: str | Path) -> Path:
 
 
 def reason(error: BaseException) -> str:
-    """Returns the first line of what a library says is wrong; of one that says nothing, the kind of error.
+    """Returns the first sentence of what a library says is wrong; of one that says nothing, the kind of error.
 
     Args:
         error: What it raised; where that has a cause, the cause says more.
     """
     error = error.__cause__ or error
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def not_written(error: Exception) -> str | None:

@@ -244,7 +244,13 @@ objects = st.lists(st.fixed_dictionaries({"text": leaf, "label": leaf}) | tree, 
 )
 data_file = st.one_of(
     st.tuples(st.just("csv"), table | st.binary(max_size=60)),
-    st.tuples(st.just("json"), objects | st.binary(max_size=60) | tree.map(lambda x: json.dumps(x).encode())),
+    st.tuples(
+        st.just("json"),
+        objects
+        | objects.map(lambda rows: b"\xef\xbb\xbf" + rows)
+        | st.binary(max_size=60)
+        | tree.map(lambda x: json.dumps(x).encode()),
+    ),
     st.tuples(st.just("parquet"), st.binary(max_size=60)),
 )
 

@@ -154,6 +154,8 @@ def test_help_explains_every_key(bert, capsys):
 
 
 def test_a_wrong_optimizer_argument_is_answered_before_training(bert, tmp_path, capsys):
+    assert bert.main(["--output_dir", str(tmp_path / "run"), "--optimizer", "torch.optim.LBFGS"]) == 2
+    assert "error: LBFGS doesn't support per-parameter options" in capsys.readouterr().err
     assert bert.main(["--output_dir", str(tmp_path / "run"), "--optimizer", "adamw_trch"]) == 2
     assert "adamw_trch" in capsys.readouterr().err
     for wrong in ("lr=1", "weight_decay=1", "beta=-1", "betta=1", "beta=many", "fused=1", "betas=0.9"):

@@ -243,7 +243,8 @@ def test_a_damaged_checkpoint_is_named(vit, tmp_path, capsys):
         assert f"error: {checkpoint} is damaged: give --overwrite true" in error and "Traceback" not in error
 
 
-def test_ctrl_c_in_the_training_is_passed_on(vit, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("moment", ["on_train_epoch_start", "on_test_batch_start"])
+def test_ctrl_c_is_passed_on(vit, tmp_path, capsys, monkeypatch, moment):
     import lightning as L
 
     handler = signal.getsignal(signal.SIGINT)
@@ -251,9 +252,9 @@ def test_ctrl_c_in_the_training_is_passed_on(vit, tmp_path, capsys, monkeypatch)
     def interrupt(self, trainer, *_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(vit.training.Seeded, "on_train_epoch_start", interrupt)
+    monkeypatch.setattr(vit.training.Seeded, moment, interrupt)
     assert issubclass(vit.training.Seeded, L.Callback)
-    assert vit.main(["--smoke", *words(output_dir=tmp_path / "run", **TINY)]) == 130
+    assert vit.main(["--smoke", *words(output_dir=tmp_path / "run", **{**TINY, "test_split": "test"})]) == 130
     assert "goes on from the last checkpoint" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is handler
 

@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.training_args import OptimizerNames
 
 import sadam_integrations.huggingface  # noqa: F401  (its import registers the names)
-from sadam_integrations.factory import PEERS, create_optimizer, optimizer_class
+from sadam_integrations.factory import PEERS, create_optimizer, optimizer_class, trial_groups
 from sadam_integrations.run_folder import RecipeError
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def named_optimizer(args: Any, name: str, settings: Mapping[str, Any]) -> tuple[
         return None
     cls, implied = optimizer_class(name)
     kwargs = {**implied, "lr": args.learning_rate, **settings}
-    create_optimizer(name, [torch.zeros(1, 1, requires_grad=True)], **kwargs)
+    create_optimizer(name, trial_groups(), **kwargs)
     return cls, kwargs
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,11 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module="lightning|pytorch_lightning")
 
 
-def fit(trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-    """Calls ``trainer.fit``; Ctrl-C stays a KeyboardInterrupt, which Lightning turns into an exit."""
+def interruptible(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a method of a Trainer; Ctrl-C stays a KeyboardInterrupt, which Lightning turns into an exit."""
     handler = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit(*args, **kwargs)
+        return method(*args, **kwargs)
     except SystemExit:
         signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None

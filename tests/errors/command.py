@@ -139,7 +139,7 @@ COMMAND = [
         "The word is neither a recipe's name nor the path of a Python file.",
         "`sadam ls` lists the names; write `./mine.py` for your own file.",
     ),
-    Row("there is no file <word>", sadam("run", "./none.py"), "The path is wrong.", "Mend it."),
+    Row("there is no file <word>", sadam("run", "./none.py"), "The path is wrong.", "Correct it."),
     Row(
         "is not a recipe that can do this",
         sadam("run", "./empty.py", files={"empty.py": ""}),
@@ -150,7 +150,7 @@ COMMAND = [
         "is not Python",
         sadam("run", "./torn.py", files={"torn.py": "def ("}),
         "The file has a syntax error, or is no text.",
-        "Mend the line that the message names.",
+        "Correct the line that the message names.",
     ),
     Row(
         "<name> needs <name>, which is not installed",
@@ -352,13 +352,13 @@ CONFIG = [
         "is neither a file nor one of",
         bert("--config", "nope"),
         "There is no such config, and no such file.",
-        "Take one that the message lists, or mend the path.",
+        "Take one that the message lists, or correct the path.",
     ),
     Row(
         "is not YAML",
         bert("--config", "c.yaml", files={"c.yaml": "lr: [1\n"}),
         "The file cannot be read as YAML, or has a tag (`!!python/...`) that asks for more than plain values.",
-        "Mend the line that the message names.",
+        "Correct the line that the message names.",
     ),
     Row(
         "not keys with values such as",
@@ -400,7 +400,7 @@ CONFIG = [
         "<model> cannot be loaded: <…>",
         bert("--model", "./nowhere", "--smoke"),
         "The folder or the name is no model of transformers, the model is damaged, or it needs code of its own to run.",
-        "Mend the name; a name of the Hub needs the network once.",
+        "Correct the name; a name of the Hub needs the network once.",
     ),
     Row(
         "or give --model",

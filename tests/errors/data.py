@@ -92,7 +92,7 @@ TEXT = [
         "The file's ending is none that can be read.",
         "Convert it to one that the message lists.",
     ),
-    Row("<key>: there is no file <file>", bert("--train_file", "no.csv"), "The path is wrong.", "Mend it."),
+    Row("<key>: there is no file <file>", bert("--train_file", "no.csv"), "The path is wrong.", "Correct it."),
     Row(
         "needs a train_file beside it",
         bert("--test_file", "test.csv", files={"test.csv": GOOD}),
@@ -101,7 +101,7 @@ TEXT = [
     ),
     Row(
         "it does not begin with an object",
-        bert("--train_file", "train.json", files={"train.json": "null\n{}\n"}),
+        bert("--train_file", "train.json", files={"train.json": "\ufeffnull\n{}\n"}),
         "The file is empty, or its first row is null.",
         "Remove that row.",
     ),
@@ -109,7 +109,7 @@ TEXT = [
         "dataset: <source> cannot be read",
         csv("text,label\n" + "a,0\na,b,c,1\n" * 10),
         "The file is damaged, ragged, or not what its ending says; or the Hub has no such data set or split.",
-        "Mend what the message names.",
+        "Correct what the message names.",
     ),
     Row(
         "<key>: <source> has no column",
@@ -160,13 +160,13 @@ IMAGES = [
         "<key>: there is no folder <place>",
         vit("--train_folder", "nowhere"),
         "The path is wrong.",
-        "Mend it.",
+        "Correct it.",
     ),
     Row(
         "<key>: there is no folder <path>",
         lambda place: images.folder("nowhere", "train_folder"),
         "The folder is gone since the config was read.",
-        "Mend the path.",
+        "Correct the path.",
     ),
     Row(
         "needs a train_folder beside it",
@@ -220,7 +220,7 @@ IMAGES = [
         "dataset: <where> cannot be read",
         lambda place: images.hub("./no/such/folder", None, "train", "image", "label"),
         "There is no such data set or split, or it cannot be reached.",
-        "Mend the name; a name of the Hub needs the network once.",
+        "Correct the name; a name of the Hub needs the network once.",
     ),
     Row(
         "<key>: <where> has no column",

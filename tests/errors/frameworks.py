@@ -152,7 +152,19 @@ LAUNCHER = [
         "there is no script",
         starts("missing.py"),
         "The path is wrong, seen from the current folder.",
-        "Mend it; a module is run with `-m`.",
+        "Correct it; a module is run with `-m`.",
+    ),
+    Row(
+        "is a folder without a __main__.py",
+        starts("."),
+        "The path is a folder, and no program.",
+        "Name the script in it.",
+    ),
+    Row(
+        "there is no module",
+        starts("-m", "nope"),
+        "No module of this name is found, or it is a package that is not run by itself.",
+        "Fix the name; a script is run without `-m`.",
     ),
     Row(
         "sadam_integrations.launch: <error>",
@@ -299,7 +311,7 @@ ADVICE = [
         "there is no file <…>",
         lambda place: advise("none.pt"),
         "The path is wrong, seen from the current folder.",
-        "Mend it.",
+        "Correct it.",
     ),
     Row(
         "the folder holds no",

@@ -151,7 +151,7 @@ BUILDING = [
         "cannot be imported: ",
         lambda place: create_optimizer("no.such.Thing", [one()]),
         "The module of a dotted path is not installed, not in the path, or fails while it is imported.",
-        "Install it, or mend the path; modules in the current folder are found by the `sadam` command.",
+        "Install it, or correct the path; modules in the current folder are found by the `sadam` command.",
     ),
     Row(
         "is not a subclass of torch.optim.Optimizer",
@@ -260,6 +260,12 @@ LOADING = [
         load(lambda saved: saved.pop("state")),
         "It is a whole checkpoint, of which the optimizer is one part, or the weights alone.",
         "Pass the part that `optimizer.state_dict()` returned.",
+    ),
+    Row(
+        "not a dict: the checkpoint is damaged",
+        load(lambda saved: saved.update(state=[1])),
+        "The file is damaged, or another program changed it.",
+        "Load an older checkpoint.",
     ),
     Row(
         "is not a list of groups with params",
