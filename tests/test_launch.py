@@ -136,7 +136,7 @@ def test_help(capsys):
         (["missing.py"], "there is no script 'missing.py'"),
         (["."], "'.' is a folder without a __main__.py"),
         (["-m", "nope.mod"], "there is no module 'nope.mod' that can be run"),
-        (["-m", "json"], "there is no module 'json' that can be run"),
+        (["-m", "email"], "there is no module 'email' that can be run"),
         (["-m", ".relative"], "there is no module '.relative' that can be run"),
         (["-m", ""], "there is no module '' that can be run"),
     ],
