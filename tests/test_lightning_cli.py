@@ -179,7 +179,7 @@ def test_errors_name_the_argument(args, words, capsys):
 
 
 def test_a_value_out_of_range_is_the_optimizers_own_error():
-    with pytest.raises(ValueError, match=r"Sadam: Invalid beta: -1\.0: beta is positive"):
+    with pytest.raises(ValueError, match=r"Sadam: Invalid beta: -1\.0: beta is at least"):
         cli(PACKAGES[0], "--optimizer=Sadam", "--optimizer.beta=-1")
 
 
