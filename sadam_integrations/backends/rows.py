@@ -34,11 +34,14 @@ class Rows(NamedTuple):
 
     def chosen(self, served: list[bool]) -> tuple[list[Tensor], list[Tensor]]:
         """The gradients and the parameters of the rows that are served."""
+        if all(served):
+            return list(self.grads), list(self.columns[0])
         return list(compress(self.grads, served)), list(compress(self.columns[0], served))
 
     def addresses(self, served: list[bool]) -> list[int]:
         """Where the tensors of the columns lie, without the rows that are not served."""
-        return list(map(Tensor.data_ptr, compress(chain(*self.columns), served * len(self.columns))))
+        tensors = chain(*self.columns)
+        return list(map(Tensor.data_ptr, tensors if all(served) else compress(tensors, served * len(self.columns))))
 
 
 class Layouts:
