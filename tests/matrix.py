@@ -36,7 +36,7 @@ TESTS = [
     "floor_warning",
     "huggingface",
 ]
-TESTS += ["launch", "lightning", "lightning_cli", "optimizer", "param_groups", "update"]
+TESTS += ["launch", "lightning", "lightning_cli", "odd_tensors", "optimizer", "param_groups", "update"]
 NOT_RUN = "not run"
 
 
