@@ -144,6 +144,23 @@ def test_an_optimizer_that_its_parameters_lead_to_is_freed(way, beta, flags):
     assert gone() is None
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@with_kernel
+def test_a_parameter_that_is_listed_four_times_takes_four_steps():
+    torch.manual_seed(0)
+    start, grads = torch.randn(200_000), torch.randn(5, 200_000)
+    results = []
+    for flags in ({}, {"foreach": False}):
+        p, q = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.ones(9))
+        optimizer = SadamW([p, q, p, p, p], lr=0.1, beta=50.0, bias_correction="none", **flags)
+        for grad in grads:
+            p.grad, q.grad = grad.clone(), torch.ones(9)
+            optimizer.step()
+        assert optimizer.state[p]["step"] == 20 and optimizer.state[q]["step"] == 5
+        results.append(p)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
 def test_state_of_ones_own_may_have_any_shape():
     p = torch.nn.Parameter(torch.ones(5))
     optimizer = SadamW([p])

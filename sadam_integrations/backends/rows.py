@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, compress
-from operator import attrgetter
+from operator import and_, attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +29,13 @@ class Rows(NamedTuple):
     whole: Sequence[bool]
 
     def each(self) -> Iterator[tuple]:
-        """The rows: whether the tensors belong together, the gradient, and the rest."""
-        return zip(self.whole, self.grads, *self.columns, strict=True)
+        """The rows: whether a kernel can take it at all, the gradient, and the rest.
+
+        Of a parameter that is listed twice it takes the first row alone: threads would update both at the same time.
+        """
+        seen: dict[int, int] = {}
+        first = [seen.setdefault(id(p), i) == i for i, p in enumerate(self.stored[: len(self.grads)])]
+        return zip(map(and_, self.whole, first), self.grads, *self.columns, strict=True)
 
     def chosen(self, served: list[bool]) -> tuple[list[Tensor], list[Tensor]]:
         """The gradients and the parameters of the rows that are served."""
