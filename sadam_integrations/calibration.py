@@ -6,9 +6,7 @@ import logging
 import math
 import statistics
 import sys
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from operator import is_
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +15,11 @@ from torch._compile import _disable_dynamo
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from sadam_integrations import backends, moments
+from sadam_integrations import backends, moments, shards
 from sadam_integrations.backends.rows import rows_of
+from sadam_integrations.said import warn
 from sadam_integrations.update import HALF, LN2, corrections, gradient, second_moment, widen
+from sadam_integrations.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -89,58 +89,77 @@ def calibrate(
 ) -> None:
     """Measures beta for the parameters that are due, from the second moments that the coming update will use.
 
-    Reads the step counts, which may lie on a GPU, only when one of them can be due: at most one step passes at a call.
+    Due are also those whose state somebody else has touched. The step counts, which may lie on a GPU, are read only
+    when one of them can be due: at most one step passes at a call.
     """
     name = type(optimizer).__name__
     if is_frozen():
         warn_frozen(name, "CUDA graph capture")
         return
-    betas = [state["beta"] for state in states]
-    left, last = memo.get("calibrate", (0, []))
-    if left and 0.0 not in betas and len(last) == len(params) and all(map(is_, last, params)):
-        memo["calibrate"] = left - 1, last
-        return
+    unmeasured = {i for i, state in enumerate(states) if state["beta"] == 0.0}
+    touched: Collection[int] = ()
+    if not compiling:
+        same, touched = _watch(optimizer, memo).look(params, _tensors(optimizer, states), optimizer.state)
+        if same and not touched and not unmeasured and memo.get("left"):
+            memo["left"] -= 1
+            return
     steps = [int(state["step"].item()) + 1 for state in states]
-    due = [i for i, p in enumerate(params) if p.numel() and is_due(steps[i], betas[i])]
     if compiling:
-        due = [i for i in due if not betas[i]]
+        due = unmeasured
         if min(steps) <= SETTLED:
             warn_frozen(name, "torch.compile")
     else:
+        due = {i for i, step in enumerate(steps) if i in touched or is_due(step, states[i]["beta"])}
         memo["settled"] = SETTLED in steps
-        memo["calibrate"] = min((1 << step.bit_length()) - step for step in steps) - 1, params
+        memo["left"] = min((1 << step.bit_length()) - step for step in steps) - 1
+    if 1 in steps:
+        shards.warn_flat(name, params)
+    rows = [(params[i], states[i], steps[i]) for i in sorted(due) if params[i].numel()]
     beta1, beta2 = group["betas"]
+    factors = [float(corrections(step, beta1, beta2, group["bias_correction"])[1]) for *_, step in rows]
+    by_kernel = backends.pick(params, group) is backends.cpu.cpu
+    histograms = (_histogram_after(optimizer, group, *row, by_kernel) for row in rows)
+    found = (_measure_untraced if "torch._dynamo" in sys.modules else measure)(histograms, factors)
+    for (_, state, _), beta in zip(rows, found, strict=True):
+        state["beta"] = beta or state["beta"]
 
-    def second_moment_after(step: int, p: Tensor, grad: Tensor, v: Tensor, *v_max: Tensor) -> Tensor:
+
+def _watch(optimizer: Any, memo: dict[str, Any]) -> Watch:
+    if "watch" not in memo:
+        kept = [(p, state) for p, state in optimizer.state.items() if isinstance(state, dict) and "exp_avg_sq" in state]
+        memo["watch"] = Watch((p, [column[0] for column in _tensors(optimizer, [state])]) for p, state in kept)
+    return memo["watch"]
+
+
+def _tensors(optimizer: Any, states: Sequence[dict[str, Any]]) -> list[list[Tensor]]:
+    """What beta is measured from, and when."""
+    keys = ("step", "exp_avg_sq", "max_exp_avg_sq") if optimizer._amsgrad else ("step", "exp_avg_sq")
+    return [[state[key] for state in states] for key in keys]
+
+
+def _histogram_after(
+    optimizer: Any, group: dict[str, Any], p: Any, state: dict[str, Any], step: int, by_kernel: bool
+) -> Tensor:
+    """The histogram of a parameter's second moment (SAMSGrad: of its maximum) as the coming step will make it."""
+    beta2 = group["betas"][1]
+    decay = {"weight_decay": group["weight_decay"], "decoupled": optimizer._decoupled, "maximize": group["maximize"]}
+    stored = [state["exp_avg_sq"], *([state["max_exp_avg_sq"]] if optimizer._amsgrad else [])]
+    rows = rows_of([p.grad], [[t] for t in (p, *stored, state["step"])])
+    if by_kernel and rows.whole[0]:
+        local = [column[0] for column in rows.columns[:-1]]
+        counts = backends.cpu.count(*rows.grads, *local, beta2=beta2, correction=1 - beta2**step, **decay)
+        if counts is not None:
+            return shards.add_up(counts, p, optimizer)
+
+    def after(p: Tensor, grad: Tensor, v: Tensor, *v_max: Tensor) -> Tensor:
         grad = gradient(widen(p), widen(grad), **decay)
         new = second_moment(widen(v), grad, beta2)
         if v.dtype in HALF:  # where the state underflows, this gradient stands for those that it could not hold
             new = torch.where(new.to(v.dtype) == 0, (1 - beta2**step) * (grad * grad), new)
         return torch.maximum(widen(v_max[0]), new) if v_max else new
 
-    if 1 in steps:
-        warn_flat(name, params)
-    factors = [float(corrections(steps[i], beta1, beta2, group["bias_correction"])[1]) for i in due]
-    keys = ("exp_avg_sq", "max_exp_avg_sq") if optimizer._amsgrad else ("exp_avg_sq",)
-    by_kernel = backends.pick(params, group) is backends.cpu.cpu
-    decay = {"weight_decay": group["weight_decay"], "decoupled": optimizer._decoupled, "maximize": group["maximize"]}
-
-    def counts_after(i: int) -> Tensor:
-        p, moments = params[i], [states[i][key] for key in keys]
-        grad: Any = p.grad
-        rows = rows_of([grad], [[t] for t in (p, *moments, states[i]["step"])])
-        if by_kernel and rows.whole[0]:
-            local = [column[0] for column in rows.columns[:-1]]
-            counts = backends.cpu.count(*rows.grads, *local, beta2=beta2, correction=1 - beta2 ** steps[i], **decay)
-            if counts is not None:
-                return _whole(counts, p)
-        pieces = backends.pieces([p, grad, *moments])
-        return histogram(second_moment_after(steps[i], *piece) for piece in pieces)
-
-    histograms = map(counts_after, due)
-    found = (_measure_untraced if "torch._dynamo" in sys.modules else measure)(histograms, factors)
-    for i, beta in zip(due, found, strict=True):
-        states[i]["beta"] = beta or states[i]["beta"]
+    counts = histogram(after(*piece) for piece in backends.pieces([p, p.grad, *stored]))
+    return counts if hasattr(p, "to_local") else shards.add_up(counts, p, optimizer)
 
 
 def histogram(pieces: Iterable[Tensor]) -> Tensor:
@@ -158,24 +177,14 @@ def histogram(pieces: Iterable[Tensor]) -> Tensor:
     return torch.stack([_count(piece) for piece in pieces]).sum(0)
 
 
-def _count(piece: Tensor) -> Tensor:
+def _count(piece: Any) -> Tensor:
     local = piece.to_local() if hasattr(piece, "to_local") else piece
     if local.dtype == torch.float64:
         integer, shift, bins = torch.int64, 52 - MANTISSA, 2048 << MANTISSA
     else:
         integer, shift, bins = torch.int32, 23 - MANTISSA, 256 << MANTISSA
     bits = local.contiguous().view(-1).view(integer)
-    return _whole(torch.bincount((bits & torch.iinfo(integer).max) >> shift, minlength=bins), piece)
-
-
-def _whole(counts: Tensor, of: Any) -> Tensor:
-    """Adds up the counts of a DTensor's shards."""
-    if not hasattr(of, "to_local"):
-        return counts
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    placements = [Replicate() if p.is_replicate() else Partial("sum") for p in of.placements]
-    return DTensor.from_local(counts, of.device_mesh, placements, run_check=False).full_tensor()
+    return shards.add_up(torch.bincount((bits & torch.iinfo(integer).max) >> shift, minlength=bins), piece)
 
 
 def _quantile(counts: Tensor) -> float:
@@ -206,39 +215,10 @@ def is_frozen() -> bool:
 
 def warn_frozen(name: str, how: str) -> None:
     """Warns that a captured or compiled step keeps the betas it was built with."""
-    warnings.warn(
+    warn(
         f'{name}: beta="auto" is not measured again under {how}: the step keeps the betas of now, and a parameter that '
-        f"has none yet does not move. Take {SETTLED} ordinary steps first, or give beta a number.",
-        stacklevel=2,
+        f"has none yet does not move. Take {SETTLED} ordinary steps first, or give beta a number."
     )
-
-
-def warn_flat(name: str, params: Sequence[Tensor]) -> None:
-    """Warns, on the first process, that FSDP1 or DeepSpeed hands over flat pieces of parameters, if it does."""
-    if any(getattr(p, "_fsdp_flattened", False) for p in params):
-        engine = "FullyShardedDataParallel"
-        fix = "To measure whole ones, shard with torch.distributed.fsdp.fully_shard (FSDP2)"
-    elif _has_deepspeed() and any(p.dim() == 1 and not isinstance(p, torch.nn.Parameter) for p in params):
-        engine, fix = "DeepSpeed", "To have one floor for all, give beta a number"
-    else:
-        return
-    if _is_first_process():
-        warnings.warn(
-            f'{name}: beta="auto" measures the flat pieces that {engine} hands to the optimizer, not whole parameters. '
-            f"{fix}.",
-            stacklevel=2,
-        )
-
-
-def _has_deepspeed() -> bool:
-    """Whether DeepSpeed is in use; its flat pieces have no mark of their own."""
-    comm = sys.modules.get("deepspeed.comm")
-    return comm is not None and comm.is_initialized()
-
-
-def _is_first_process() -> bool:
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
 
 
 def warn_floor(optimizer: Optimizer) -> None:
@@ -258,7 +238,7 @@ def warn_floor(optimizer: Optimizer) -> None:
 def _look_at_floor(optimizer: Optimizer, beta: float, groups: Sequence[dict[str, Any]]) -> None:
     name, floor = type(optimizer).__name__, LN2 / beta
     lr = max(float(group.get("initial_lr", group["lr"])) for group in groups)  # not the low one of a warm-up
-    if not _is_first_process() or not 0 < lr < MOMENTUM_SGD or (name, beta) in _WARNED:
+    if not shards.is_first_process() or not 0 < lr < MOMENTUM_SGD or (name, beta) in _WARNED:
         return
     found = [(group["betas"][1], optimizer.state.get(p, {})) for group in groups for p in group["params"]]
     seen = [(beta2, state) for beta2, state in found if "step" in state]
@@ -275,13 +255,12 @@ def _look_at_floor(optimizer: Optimizer, beta: float, groups: Sequence[dict[str,
     _WARNED.add((name, beta))
     share = (root < floor).float().mean().item()
     auto = statistics.median(LN2 / (FLOOR * root.quantile(QUANTILE).item()) for root in roots)
-    warnings.warn(
+    warn(
         f"{name}: beta={beta:g} leaves {100 * share:.3g} % of the coordinates on the floor of the denominator, "
         f"ln 2 / beta = {floor:.2g}: the median of sqrt(v) is {median:.2g}. The step is momentum SGD at "
         f"{1 / floor:.3g} x lr = {lr / floor:.2g}, not Adam at lr={lr:.3g}. For Adam's learning rates give "
         f'beta="auto", or a beta of about {auto:.1g}; for momentum SGD an lr of {MOMENTUM_SGD:g} '
-        f'or more. "sadam calibrate" tells which lr goes with which beta.',
-        stacklevel=3,
+        f'or more. "sadam calibrate" tells which lr goes with which beta.'
     )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sadam_integrations.arguments import check
+from sadam_integrations.arguments import check, plain
+from sadam_integrations.said import warn
 
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 """Keys of a group that say how a step is run: they keep the constructor's values."""
@@ -21,9 +21,14 @@ FOREIGN = ("eps", "amsgrad", "decoupled_weight_decay")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """Keys of a parameter's state without which its training starts afresh."""
 
+MAXIMUM = "max_exp_avg_sq"
+"""The key that AMSGrad has beside these."""
+
 
 def adopt(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Turns a state dict of this package, of torch's Adam or of AdamW into one that fits an optimizer.
+
+    What others keep in a state, in a group or beside them comes along as it was saved.
 
     Args:
         optimizer: One of this package's.
@@ -37,16 +42,16 @@ def adopt(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         TypeError: If a value in it has the wrong type.
     """
     name = type(optimizer).__name__
-    _check_form(f"{name}.load_state_dict", state_dict)
+    check_form(f"{name}.load_state_dict", state_dict)
     groups = []
     for i, saved in enumerate(state_dict["param_groups"]):
         mine = optimizer.param_groups[i] if i < len(optimizer.param_groups) else optimizer.defaults
-        loaded = {key: value for key, value in saved.items() if key not in FOREIGN}
+        loaded = plain({key: value for key, value in saved.items() if key not in FOREIGN})
         loaded |= {key: mine[key] for key in optimizer.defaults if key in IMPLEMENTATION or key not in saved}
         check(f"{name}.load_state_dict", loaded)
         for key in ("beta", "bias_correction"):
             if loaded[key] != mine[key]:
-                _warn(
+                warn(
                     f"{name}: the checkpoint was made with {key}={loaded[key]!r} and training goes on with it, not "
                     f"with the {key}={mine[key]!r} asked for. To change it, set it in optimizer.param_groups "
                     f"after loading."
@@ -54,30 +59,35 @@ def adopt(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         decoupled = saved.get("decoupled_weight_decay", optimizer._decoupled)
         if decoupled != optimizer._decoupled and loaded["weight_decay"]:
             form, other = ("decoupled", "coupled") if decoupled else ("coupled", "decoupled")
-            _warn(
+            warn(
                 f"{name}: the checkpoint's weight_decay={loaded['weight_decay']} was {form} and is {other} from now on."
             )
         groups.append(loaded)
 
-    keys = (*MOMENTS, "beta", *(["max_exp_avg_sq"] if optimizer._amsgrad else []))
     known = {i for group in groups for i in group["params"]}
-    state = {}
+    state, missing = dict(state_dict["state"]), 0
     for i, saved in state_dict["state"].items():
-        if i in known and all(key in saved for key in MOMENTS):
-            state[i] = {key: saved[key] for key in keys if key in saved}
-            _check_state(f"{name}.load_state_dict, parameter {i}", state[i])
-            state[i]["step"] = float(state[i]["step"])
-    if unknown := [i for i in state_dict["state"] if i not in known]:
-        _warn(
-            f"{name}: the checkpoint has the state of {len(unknown)} parameters that are in none of its groups, such "
-            f"as {unknown[0]!r}: it is left out."
-        )
-    if missing := len(state_dict["state"]) - len(unknown) - len(state):
-        _warn(
+        if i not in known:
+            continue
+        _check_state(f"{name}.load_state_dict, parameter {i}", saved)
+        whole = all(key in saved for key in MOMENTS)
+        missing += bool(saved) and not whole
+        dropped = {*(() if whole else (*MOMENTS, "beta")), *(() if whole and optimizer._amsgrad else (MAXIMUM,))}
+        numbers = {key: float(saved[key]) for key in ("step", "beta") if key in saved}  # torch casts tensors
+        state[i] = {key: value for key, value in {**saved, **numbers}.items() if key not in dropped}
+    if missing:
+        warn(
             f"{name}: the checkpoint has no moments of Adam's kind ({', '.join(MOMENTS)}) for {missing} parameters: "
             f"theirs start from zero."
         )
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def with_tensors(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """Puts the betas that were measured into a state dict as 0-dim float64 tensors, not into the optimizer's own."""
+    for i, saved in state_dict["state"].items():
+        if isinstance(saved, dict) and isinstance(beta := saved.get("beta"), float):
+            state_dict["state"][i] = {**saved, "beta": torch.tensor(beta, dtype=torch.float64, device="cpu")}
 
 
 def check_shapes(name: str, groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> None:
@@ -106,7 +116,8 @@ def check_shapes(name: str, groups: list[dict[str, Any]], state: Mapping[Any, An
                 )
 
 
-def _check_form(source: str, state_dict: Any) -> None:
+def check_form(source: str, state_dict: Any) -> None:
+    """Raises a ValueError if something is no optimizer's state dict."""
     if not (isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict)):
         held = ", ".join(map(str, list(state_dict)[:6])) if isinstance(state_dict, Mapping) else ""
         raise ValueError(
@@ -123,28 +134,24 @@ def _check_form(source: str, state_dict: Any) -> None:
         for group in groups
     ):
         raise ValueError(f"{source}: param_groups is not a list of groups with params: the checkpoint is damaged")
-    for i, saved in states.items():
-        if not isinstance(saved, Mapping):
-            raise ValueError(
-                f"{source}, parameter {i}: a {type(saved).__name__} is not its state: the checkpoint is damaged"
-            )
 
 
-def _check_state(source: str, state: dict[str, Any]) -> None:
-    step = state["step"]
-    if isinstance(step, Tensor) and step.numel() == 1 and step.layout == torch.strided:
-        step = step.item()
+def _check_state(source: str, state: Any) -> None:
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{source}: a {type(state).__name__} is not its state: the checkpoint is damaged")
+    step, beta = _number(state.get("step", 0)), _number(state.get("beta", 0))
     if not isinstance(step, (int, float)) or not 0 <= step < 2**63:
         raise ValueError(f"{source}: step={step!r} is not a count of steps: the checkpoint is damaged")
-    for key in set(state) - {"step", "beta"}:
+    for key in {*MOMENTS, MAXIMUM} & set(state) - {"step"}:
         if not isinstance(state[key], Tensor):
             raise ValueError(
                 f"{source}: {key} is a {type(state[key]).__name__}, not a tensor: the checkpoint is damaged"
             )
-    beta = state.get("beta", 0.0)
     if not isinstance(beta, (int, float)) or not 0 <= beta < math.inf:
         raise ValueError(f"{source}: beta={beta!r} is not a number of 0 or more: the checkpoint is damaged")
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=4)  # the caller of load_state_dict
+def _number(value: Any) -> Any:
+    """A tensor of one element as a number; all else as it is."""
+    one = isinstance(value, Tensor) and value.layout == torch.strided and value.numel() == 1
+    return value.item() if one else value

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from sadam_integrations.arguments import did_you_mean
 from sadam_integrations.optimizer import Sadam, SadamW, SAMSGrad, SAMSGradW
 from sadam_integrations.param_groups import param_groups
 
@@ -120,13 +119,3 @@ def trial_groups() -> list[dict[str, Any]]:
 def keywords(cls: type[Optimizer]) -> dict[str, inspect.Parameter]:
     """Returns the arguments of an optimizer class after ``params``, by name and in order."""
     return {key: value for key, value in inspect.signature(cls).parameters.items() if key != "params"}
-
-
-def did_you_mean(word: str, valid: Iterable[str]) -> str:
-    """Ends a message about an unknown word: the nearest valid ones, if any is near, and the list of all."""
-    hint, valid = "", list(valid)
-    if word == "eps" and "beta" in valid:
-        hint = " (there is no epsilon: the floor of the denominator is ln 2 / beta)"
-    elif matches := difflib.get_close_matches(word.lower(), valid, n=2):
-        hint = f" (did you mean {' or '.join(matches)}?)"
-    return f"{hint}; the valid ones are {', '.join(valid)}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import compress
 from operator import attrgetter, is_
 from typing import Any, Literal
@@ -13,7 +12,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from sadam_integrations import backends, calibration, checkpoint
-from sadam_integrations.arguments import check, plain
+from sadam_integrations.arguments import check, explained, in_effect, plain
+from sadam_integrations.said import warn
 from sadam_integrations.update import BiasCorrection
 
 PUBLISHED: dict[str, Any] = {"lr": 1e-2, "beta": 50.0, "bias_correction": "outer"}
@@ -72,6 +72,7 @@ class Sadam(Optimizer):
     _memos: dict[int, dict[str, Any]]
     """What backends and calibration keep between the steps of each parameter group; it is neither saved nor copied."""
 
+    @explained
     def __init__(
         self,
         params: ParamsT,
@@ -93,11 +94,11 @@ class Sadam(Optimizer):
         """Adds a group of parameters after checking its values; missing ones are the constructor's."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got a {type(param_group).__name__}")
-        own = {key: plain(param_group[key]) for key in self.defaults if key in param_group}
-        check(type(self).__name__, {**self.defaults, **own})
+        param_group = plain(param_group)
+        check(type(self).__name__, {**self.defaults, **param_group})
         if not hasattr(self, "_memos"):  # the constructor comes here, too
             self._memos = {}
-        super().add_param_group({**param_group, **own})
+        super().add_param_group(param_group)
         try:
             backends.pick(self.param_groups[-1]["params"], self.param_groups[-1])
         except RuntimeError:
@@ -125,9 +126,9 @@ class Sadam(Optimizer):
                 loss = closure()
 
         compiling = torch.compiler.is_compiling()
-        checked = [None] * len(self.param_groups) if compiling else self._checked_gradients(closure)
+        checked = [(group, None) for group in self.param_groups] if compiling else self._checked(closure)
         memos = {} if compiling else self._memos
-        for i, (group, every) in enumerate(zip(self.param_groups, checked, strict=True)):
+        for i, (group, every) in enumerate(checked):
             with torch.set_grad_enabled(group["differentiable"]):
                 self._step_group(group, every, memos.setdefault(i, {}), compiling)
         if not compiling:
@@ -136,17 +137,18 @@ class Sadam(Optimizer):
                 calibration.log_settled(self)
         return loss
 
-    def _checked_gradients(self, closure: Any) -> list[list[Tensor | None]]:
-        """The gradients of each group, after everything that may be wrong with a step has been looked at."""
-        name, checked = type(self).__name__, []
-        for group in self.param_groups:
-            check(f"{name}.step", group)
+    def _checked(self, closure: Any) -> list[tuple[dict[str, Any], list[Tensor | None] | None]]:
+        """Each group as it is in effect, with its gradients, after all that may be wrong with a step was looked at."""
+        name = type(self).__name__
+        checked: list[tuple[dict[str, Any], list[Tensor | None] | None]] = []
+        for given in self.param_groups:
+            check(f"{name}.step", group := plain(given))
             every = [p.grad for p in group["params"]]
             if any(map(attrgetter("is_sparse"), [grad for grad in every if grad is not None])):
                 raise RuntimeError(f"{name} does not support sparse gradients: use torch.optim.SparseAdam for them")
             if group["fused"]:
                 backends.pick(group["params"], group)
-            checked.append(every)
+            checked.append((in_effect(group), every))
         if not self.state:
             _check_in_use(name, self.param_groups, closure)
         return checked
@@ -166,8 +168,9 @@ class Sadam(Optimizer):
         )
         if not params:
             return
+        lr = group["lr"]
         run = backends.pick(params, group)
-        run(
+        by_torch = run(
             params,
             grads,
             exp_avgs,
@@ -175,7 +178,7 @@ class Sadam(Optimizer):
             max_exp_avg_sqs,
             steps,
             betas,
-            lr=group["lr"],
+            lr=lr.reshape(()) if isinstance(lr, Tensor) and lr.dim() else lr,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             weight_decay=group["weight_decay"],
@@ -186,6 +189,8 @@ class Sadam(Optimizer):
             capturable=group["capturable"],
             memo=memo,
         )
+        if by_torch and "watch" in memo:
+            memo["watch"].renew()
 
     def _init_group(
         self, group, every, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas, memo, compiling
@@ -201,45 +206,67 @@ class Sadam(Optimizer):
         ordered = len(params) == len(self.state) and all(map(is_, params, self.state))  # spares the lookups
         states = list(self.state.values()) if ordered else [self.state[p] for p in params]
         auto = group["beta"] == "auto"
-        wanted = ("step", *(["max_exp_avg_sq"] if self._amsgrad else []), *(["beta"] if auto else []))
-        for key in wanted:
+        wanted = (
+            {"step": Tensor} | ({"max_exp_avg_sq": Tensor} if self._amsgrad else {}) | ({"beta": float} if auto else {})
+        )
+        for key, kind in wanted.items():
             for p, state in zip(params, states, strict=True):
-                if key not in state:
+                if not isinstance(state.get(key), kind):
                     self._init_state(p, state, key, group)
-        if auto and params:
-            with torch.no_grad():
-                calibration.calibrate(self, group, params, states, memo, compiling)
         exp_avgs += [state["exp_avg"] for state in states]
         exp_avg_sqs += [state["exp_avg_sq"] for state in states]
         max_exp_avg_sqs += [state["max_exp_avg_sq"] for state in states] if self._amsgrad else [None] * len(states)
         steps += [state["step"] for state in states]
+        if auto and params:
+            with torch.no_grad():
+                calibration.calibrate(self, group, params, states, memo, compiling)
         betas += [state["beta"] for state in states] if auto else [group["beta"]] * len(states)
 
     @staticmethod
     def _init_state(p: Tensor, state: dict[str, Any], key: str, group: dict[str, Any]) -> None:
+        """Makes what a parameter's state lacks; a number that others have put in a tensor's place stays its value."""
         if key == "step":
-            on_device = group["capturable"] or group["fused"]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
-            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            fresh, device = "step" not in state, p.device if group["capturable"] or group["fused"] else "cpu"
+            state["step"] = torch.tensor(float(state.get("step", 0.0)), dtype=torch.float32, device=device)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if fresh or moment not in state:
+                    state[moment] = torch.zeros_like(p, memory_format=torch.preserve_format)
         else:
-            state[key] = 0.0 if key == "beta" else state["exp_avg_sq"].clone()
+            state[key] = float(state.get("beta", 0.0)) if key == "beta" else state["exp_avg_sq"].clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as torch's optimizers do; a beta that was measured is in it as a 0-dim float64 tensor.
+
+        Engines such as FSDP1 take only tensors along. In ``optimizer.state`` it is a Python float.
+        """
+        hook = self.register_state_dict_post_hook(checkpoint.with_tensors, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a saved state, also one of ``torch.optim.Adam`` or ``AdamW``: their moments and steps are kept.
 
         The flags ``foreach``, ``fused``, ``capturable`` and ``differentiable`` keep the values given to the
         constructor. Everything else is the checkpoint's; a ``beta`` or ``bias_correction`` that differs from the
-        one asked for is named in a warning. What the checkpoint lacks is filled in from the constructor's values.
+        one asked for is named in a warning. What the checkpoint lacks is filled in from the constructor's values, and
+        what others have put into it comes back as it was saved.
 
         Args:
-            state_dict: What ``state_dict()`` returned.
+            state_dict: What ``state_dict()`` returned, or what load hooks turn into that.
 
         Raises:
             ValueError: If the checkpoint does not fit; nothing has been changed then.
             TypeError: If a value in it has the wrong type; likewise.
         """
-        super().load_state_dict(checkpoint.adopt(self, state_dict))
+        if not isinstance(state_dict, Mapping):
+            checkpoint.check_form(f"{type(self).__name__}.load_state_dict", state_dict)
+        hook = self.register_load_state_dict_pre_hook(checkpoint.adopt)  # the last one
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Completes what an older version, an Adam checkpoint or a pickle may lack; refuses moments that do not fit."""
@@ -253,7 +280,7 @@ class Sadam(Optimizer):
             for p in group["params"]:
                 if "step" in (saved := self.state.get(p, {})):
                     device = p.device if on_device else "cpu"
-                    saved["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).to(device).squeeze()
+                    saved["step"] = torch.as_tensor(saved["step"], dtype=torch.float32, device=device).squeeze()
 
 
 class SAMSGrad(Sadam):
@@ -270,6 +297,7 @@ class SAMSGrad(Sadam):
 
     _amsgrad = True
 
+    @explained
     def __init__(
         self,
         params: ParamsT,
@@ -304,6 +332,7 @@ class SadamW(Sadam):
 
     _decoupled = True
 
+    @explained
     def __init__(
         self,
         params: ParamsT,
@@ -339,6 +368,7 @@ class SAMSGradW(Sadam):
     _amsgrad = True
     _decoupled = True
 
+    @explained
     def __init__(
         self,
         params: ParamsT,
@@ -358,7 +388,7 @@ class SAMSGradW(Sadam):
 
 
 def _defaults(arguments: dict[str, Any]) -> dict[str, Any]:
-    defaults = {k: plain(v) for k, v in arguments.items() if k not in ("self", "params", "__class__")}
+    defaults = plain({k: v for k, v in arguments.items() if k not in ("self", "params", "__class__")})
     check(type(arguments["self"]).__name__, defaults)
     return defaults
 
@@ -378,8 +408,7 @@ def _check_in_use(name: str, groups: list[dict[str, Any]], closure: Any) -> None
                 f"{name} has none of the parameters that {type(module).__name__} is trained with: it was built before "
                 f"the model was sharded or its parameters were replaced. {fix}"
             )
-    warnings.warn(
+    warn(
         f"{name}: nothing was updated, because no parameter has a gradient. If this goes on, the optimizer has "
-        f"parameters that the model no longer uses: it was built before the model was sharded, wrapped or moved. {fix}",
-        stacklevel=2,
+        f"parameters that the model no longer uses: it was built before the model was sharded, wrapped or moved. {fix}"
     )

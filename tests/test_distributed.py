@@ -82,10 +82,11 @@ def test_a_checkpoint_moves_from_one_process_to_two_to_three_to_one_and_survives
             assert codes == [1, 9] and "RuntimeError" in output, (codes, output)
         else:
             assert codes == [0] * world, output
-    for name, options in KINDS.items():
+    for name, kind in KINDS.items():
         alone = fresh()
-        optimizer = CLASSES[name](alone.parameters(), **options)
+        optimizer = CLASSES[kind.cls](alone.parameters(), **kind.options)
         train(alone, optimizer, steps=4 * STEPS)
-        weights, _, betas = torch.load(tmp_path / f"{name}-3.pt")
-        torch.testing.assert_close(weights, [p.detach() for p in alone.parameters()], rtol=2e-5, atol=1e-6)
-        assert betas == pytest.approx(chosen_betas(optimizer, alone), rel=1e-4)
+        (weights, _), betas, _ = torch.load(tmp_path / f"{name}-3.pt")
+        torch.testing.assert_close(weights, dict(alone.state_dict()), rtol=2e-5, atol=1e-6)
+        if kind.options["beta"] == "auto":
+            assert betas == pytest.approx(chosen_betas(optimizer, alone), rel=1e-4)

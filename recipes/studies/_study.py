@@ -14,7 +14,7 @@ import _tasks
 from _tasks import TASKS
 
 from sadam_integrations import recipe
-from sadam_integrations.factory import did_you_mean
+from sadam_integrations.arguments import did_you_mean
 from sadam_integrations.run_folder import hardware, lock, versions, write_json, write_text
 
 

@@ -30,6 +30,9 @@ class Backend(Protocol):
         capturable: Nothing may be read from the device.
         memo: What the backend keeps for this group from step to step. It may hold the optimizer's own tensors: it is
             forgotten with the optimizer, and when a state is loaded.
+
+    Returns:
+        Whether torch's operators wrote to the state, which autograd counts as changes in place.
     """
 
     def __call__(  # noqa: D102
@@ -52,7 +55,7 @@ class Backend(Protocol):
         gain: float,
         capturable: bool,
         memo: dict[str, Any],
-    ) -> None: ...
+    ) -> bool: ...
 
 
 def pick(params: Sequence[Tensor], group: dict[str, Any]) -> Backend:

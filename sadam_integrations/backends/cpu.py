@@ -200,7 +200,7 @@ def cpu(
     *,
     memo: dict[str, Any],
     **options,
-) -> None:
+) -> bool:
     """See :class:`sadam_integrations.backends.Backend`. What the kernel does not serve takes the for-loop, row by row.
 
     It serves contiguous float32, bfloat16 and float16 tensors whose gradient and moments have the parameter's dtype.
@@ -220,7 +220,7 @@ def cpu(
         given = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas)
         for_loop(*(list(compress(column, others)) for column in given), **options)  # type: ignore[arg-type]
     if not grad:
-        return
+        return True
     beta = array("d", compress(betas, table.served))
     table.columns.grad, table.columns.beta = grad.buffer_info()[0], beta.buffer_info()[0]
     settings = _Options(
@@ -231,6 +231,7 @@ def cpu(
     which = library.sets[instruction_set()]  # type: ignore[index]
     library.handle.sadam_step(ctypes.byref(table.columns), ctypes.byref(settings), which, library.parallel_for)
     torch.autograd.graph.increment_version(list(compress(params, table.served)))
+    return not all(table.served)
 
 
 def count(

@@ -27,7 +27,7 @@ def for_loop(
     capturable: bool,
     memo: dict[str, Any] | None = None,
     **options,
-) -> None:
+) -> bool:
     """See :class:`sadam_integrations.backends.Backend`."""
     counts = counted(steps, capturable)
     for row in zip(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, counts, betas, strict=True):
@@ -38,6 +38,7 @@ def for_loop(
             new = update(p, grad, m, v, v_max[0] if v_max else None, step=step, beta=beta, **options)
             for old, value in zip(stored, (t for t in new if t is not None), strict=True):
                 old.copy_(value)
+    return True
 
 
 def counted(steps: Sequence[Tensor], capturable: bool) -> Sequence[float | Tensor]:

@@ -24,7 +24,7 @@ def foreach(
     *,
     memo: dict[str, Any] | None = None,
     **options,
-) -> None:
+) -> bool:
     """See :class:`sadam_integrations.backends.Backend`. A parameter whose beta is zero takes the for-loop."""
     batches = defaultdict(list)
     for row in zip(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas, strict=True):
@@ -35,6 +35,7 @@ def foreach(
     for kind, rows in batches.items():
         columns = [list(column) for column in zip(*rows, strict=True)]
         (for_loop if kind is None else _batch)(*columns, **options)
+    return True
 
 
 def _mesh(param: Tensor):

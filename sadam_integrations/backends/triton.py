@@ -51,7 +51,7 @@ def triton(
     capturable: bool,
     memo: dict[str, Any],
     **options,
-) -> None:
+) -> bool:
     """See :class:`sadam_integrations.backends.Backend`. What the kernel does not serve takes the for-loop, row by row.
 
     It serves contiguous float32, bfloat16 and float16 tensors whose gradient and moments have the parameter's dtype.
@@ -67,8 +67,7 @@ def triton(
         table = None
     if capturing:
         if table is None or not table.can_be_captured(betas):
-            for_loop(*given, capturable=capturable, **options)
-            return
+            return for_loop(*given, capturable=capturable, **options)
         memo.setdefault("triton in graphs", []).append(table)
     elif table is None:
         table = memo["triton"] = _Table(rows)
@@ -78,6 +77,7 @@ def triton(
     for launch in table.launches:
         launch(rows.grads, steps, betas, capturing, **options)
     torch.autograd.graph.increment_version(list(compress(params, table.served)))
+    return True
 
 
 class _Table:

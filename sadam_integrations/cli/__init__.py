@@ -7,8 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from sadam_integrations.arguments import did_you_mean
 from sadam_integrations.cli import calibrate, compare, cp, env, ls, run
-from sadam_integrations.factory import did_you_mean
 from sadam_integrations.run_folder import RecipeError
 from sadam_integrations.version import __version__
 
