@@ -1,7 +1,9 @@
 """How long a step of Sadam and SAMSGrad takes beside AdamW and its kin: time, bandwidth and memory, on CPU or GPU.
 
-Every optimizer takes steps on the tensors of BERT-base (199, 109.5 million parameters), of ViT-S/16 (200, 22 million)
-and on 2,000 of 1,000 elements, with fixed random gradients. What we measured is in docs/speed.md.
+Every optimizer takes steps, with fixed random gradients, on the tensors of BERT-base (199, 109.5 million parameters), of
+ViT-S/16 (200, 22 million) and of ResNet-50 in channels-last layout (161, 25.6 million), on 2,000 of 1,000 elements, and
+on BERT-base's embeddings as they are after 2,000 steps of 2,048 tokens drawn by Zipf's law: many of their rows have not
+been seen for long, and have first moments that are subnormal numbers. What we measured is in docs/speed.md.
 
 Run it:
   sadam run step_speed                              everything, in runs/step_speed
@@ -48,6 +50,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _workloads import WORKLOADS, Workload
 from torch import Tensor
 
 from sadam_integrations import recipe
@@ -58,18 +61,6 @@ from sadam_integrations.recipe import RecipeError
 
 WARM_UP = 3
 SETTLED = 2.0**20  # as many steps are behind the optimizer: the next at which beta is measured is as many away
-
-
-def encoder(hidden: int, inner: int) -> list[tuple[int, ...]]:
-    """The tensors of a transformer's twelve layers: attention, the two parts of the MLP, two norms."""
-    attention, norms = [(hidden, hidden), (hidden,)] * 4, [(hidden,)] * 4
-    return [*attention, (inner, hidden), (inner,), (hidden, inner), (hidden,), *norms] * 12
-
-
-BERT = [(30522, 768), (512, 768), (2, 768), (768,), (768,), *encoder(768, 3072), (768, 768), (768,)]
-VIT = [(1, 1, 384), (1, 197, 384), (384, 3, 16, 16), (384,), *encoder(384, 1536), (384,), (384,), (1000, 384), (1000,)]
-TINY: list[tuple[int, ...]] = [(1000,)] * 2000
-WORKLOADS = {"bert": ("BERT-base", BERT), "vit": ("ViT-S/16", VIT), "tiny": ("2,000 x 1,000", TINY)}
 
 
 @dataclass(frozen=True)
@@ -203,8 +194,13 @@ def resident(key: str) -> int:
     return 1024 * int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0])
 
 
-def prepare(contestant: Contestant, params: Sequence[Tensor]) -> tuple[Any, Callable[[], Any], float]:
-    """A fresh optimizer after its first step, what takes a step, and the seconds that both took."""
+def prepare(
+    contestant: Contestant, params: Sequence[Tensor], workload: Workload | None = None
+) -> tuple[Any, Callable[[], Any], float]:
+    """A fresh optimizer after its first step, what takes a step, and the seconds that both took.
+
+    Its state is then taken to where it has settled, and to where the workload is.
+    """
     restore(params)
     start = time.perf_counter()
     optimizer = create_optimizer(contestant.optimizer, list(params), lr=1e-4, weight_decay=1e-2, **contestant.arguments)
@@ -218,6 +214,8 @@ def prepare(contestant: Contestant, params: Sequence[Tensor]) -> tuple[Any, Call
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     settle(contestant, optimizer)
+    if workload is not None:
+        workload.age(optimizer, params)
     return optimizer, step, seconds
 
 
@@ -228,10 +226,16 @@ def settle(contestant: Contestant, optimizer: Any) -> None:
             state["step"].fill_(SETTLED)
 
 
-def measure(contestant: Contestant, params: Sequence[Tensor], rounds: int, floor: dict[str, float]) -> list[dict]:
+def measure(
+    contestant: Contestant,
+    params: Sequence[Tensor],
+    rounds: int,
+    floor: dict[str, float],
+    workload: Workload | None = None,
+) -> list[dict]:
     """Measures an optimizer against its baseline and returns a row for each of the clocks."""
-    optimizer, own, first = prepare(contestant, params)
-    _, other, _ = prepare(CONTESTANTS[contestant.baseline], params)
+    optimizer, own, first = prepare(contestant, params, workload)
+    _, other, _ = prepare(CONTESTANTS[contestant.baseline], params, workload)
     times: dict[Any, list[dict[str, float]]] = {own: [], other: []}
     for i in range(WARM_UP + rounds):
         for step in random.sample([own, other], 2):
@@ -261,16 +265,6 @@ def floor_bandwidth(params: Sequence[Tensor], rounds: int) -> dict[str, float]:
     with contextlib.nullcontext() if cuda else bare():
         found = [timed(step, params) for _ in range(WARM_UP + rounds)]
     return {clock: moved / 1e9 / statistics.median(one[clock] for one in found[WARM_UP:]) for clock in found[0]}
-
-
-def tensors(shapes: Sequence[tuple[int, ...]], device: str) -> list[Tensor]:
-    """Parameters of these shapes with gradients."""
-    torch.manual_seed(0)
-    params = [torch.randn(shape, device=device).mul_(0.02).requires_grad_() for shape in shapes]
-    for p in params:
-        p.gradient = torch.randn_like(p, requires_grad=False).mul_(1e-3)  # type: ignore[attr-defined]
-    restore(params)
-    return params
 
 
 def skip(skipped: dict[str, str], name: str, error: Exception) -> None:
@@ -318,11 +312,11 @@ def benchmark(config: Config, device: str, chosen: dict[str, Contestant], skippe
     counts = [torch.get_num_threads()] if device == "cuda" else config.threads or sorted({1, torch.get_num_threads()})
     cases = [WORKLOADS[name] for name in config.workloads or WORKLOADS]
     bar = tqdm(total=len(cases) * len(counts) * len(chosen), unit="optimizer")
-    torch.optim.AdamW(tensors([(1,)], device), fused=True).step()  # loads what torch loads at a process's first step
-    for label, shapes in cases:
-        if config.smoke:
-            label, shapes = f"{label}, cut", [tuple(min(n, 32) for n in shape) for shape in shapes[:20]]
-        params = tensors(shapes, device)
+    one = Workload("", [(1,)]).tensors(device)
+    torch.optim.AdamW(one, fused=True).step()  # loads what torch loads at a process's first step
+    for workload in cases:
+        workload = workload.cut() if config.smoke else workload
+        label, params = workload.label, workload.tensors(device)
         for threads in counts:
             torch.set_num_threads(threads)
             floor = floor_bandwidth(params, config.rounds)
@@ -330,7 +324,7 @@ def benchmark(config: Config, device: str, chosen: dict[str, Contestant], skippe
                 bar.set_postfix_str(f"{label}, {name}")
                 found = []
                 try:
-                    found = measure(contestant, params, config.rounds, floor) if name not in skipped else []
+                    found = measure(contestant, params, config.rounds, floor, workload) if name not in skipped else []
                 except Exception as error:
                     if not contestant.optional:
                         raise
@@ -377,7 +371,7 @@ def parse(argv: Sequence[str] | None) -> Config:
     parser.add_argument("--output_dir", help="folder of the run (default: runs/step_speed)")
     parser.add_argument("--overwrite", **switch, help="replace a finished run in output_dir")
     parser.add_argument("--smoke", **switch, help="three rounds on small tensors, to see that it works")
-    parser.add_argument("--workloads", choices=WORKLOADS, **several, help="of bert, vit, tiny (default: all)")
+    parser.add_argument("--workloads", choices=WORKLOADS, **several, help=f"of {', '.join(WORKLOADS)} (default: all)")
     parser.add_argument("--optimizers", choices=CONTESTANTS, **several, help=f"of {', '.join(CONTESTANTS)}")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one (default)")
     parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="on a CPU (default: 1 and all)")

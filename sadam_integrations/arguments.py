@@ -103,18 +103,18 @@ def plain(group: Mapping[str, Any]) -> dict[str, Any]:
     """
     single = ["beta", "weight_decay", *(["lr"] if not isinstance(group.get("lr"), Tensor) else [])]
     found = {key: _plain(group[key]) for key in single if key in group}
-    if _is_sequence(betas := group.get("betas")):
-        found["betas"] = tuple(map(_plain, betas))
+    if "betas" in group and _is_sequence(group["betas"]):
+        found["betas"] = tuple(map(_plain, group["betas"]))
     return {**group, **found}
 
 
 def in_effect(group: Mapping[str, Any]) -> dict[str, Any]:
     """A checked group as a step computes with it: what is negative by rounding is 0."""
     lr = group["lr"]
-    if isinstance(lr, Tensor):
-        lr = lr.clamp(min=0) if (_readable(lr) or 0) < 0 else lr
-    else:
+    if not isinstance(lr, Tensor):
         lr = max(lr, 0.0)
+    elif (_readable(lr) or 0.0) < 0:
+        lr = lr.clamp(min=0.0)
     return {**group, "lr": lr, "weight_decay": max(group["weight_decay"], 0.0)}
 
 
@@ -152,8 +152,10 @@ def did_you_mean(word: str, valid: Iterable[str]) -> str:
 
 def _plain(value: Any) -> Any:
     """A number of any library, or an array of one element, as Python's own; all else as it is."""
+    if type(value) in (float, int, str):
+        return value
     if _is_number(value):
-        return value if type(value) is int else float(value)
+        return float(value)
     return value.item() if hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1 else value
 
 
@@ -162,7 +164,7 @@ def _is_sequence(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))
 
 
 def _readable(lr: Tensor) -> float | None:

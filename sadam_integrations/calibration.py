@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn import Module
 from torch.optim import Optimizer
 
@@ -84,6 +85,7 @@ def calibrate(
     group: dict[str, Any],
     params: list[Tensor],
     states: list[dict[str, Any]],
+    columns: list[list[Tensor]],
     memo: dict[str, Any],
     compiling: bool,
 ) -> None:
@@ -91,30 +93,41 @@ def calibrate(
 
     Due are also those whose state somebody else has touched. The step counts, which may lie on a GPU, are read only
     when one of them can be due: at most one step passes at a call.
+
+    Args:
+        optimizer: One of this package's.
+        group: The parameter group, as it is in effect.
+        params: Its parameters that have a gradient.
+        states: Their states: where beta is kept.
+        columns: What beta is measured from, out of these: the second moments, the steps, and SAMSGrad's maxima.
+        memo: What is kept for the group from step to step.
+        compiling: Whether torch.compile traces the step.
     """
     name = type(optimizer).__name__
     if is_frozen():
         warn_frozen(name, "CUDA graph capture")
         return
-    unmeasured = {i for i, state in enumerate(states) if state["beta"] == 0.0}
+    betas = [state["beta"] for state in states]
     touched: Collection[int] = ()
     if not compiling:
-        same, touched = _watch(optimizer, memo).look(params, _tensors(optimizer, states), optimizer.state)
-        if same and not touched and not unmeasured and memo.get("left"):
+        same, touched = _watch(optimizer, memo).look(params, columns, optimizer.state)
+        if same and not touched and 0.0 not in betas and memo.get("left"):
             memo["left"] -= 1
             return
+    if not any(map(has_values, params)):
+        return
     steps = [int(state["step"].item()) + 1 for state in states]
     if compiling:
-        due = unmeasured
+        due = {i for i, beta in enumerate(betas) if not beta}
         if min(steps) <= SETTLED:
             warn_frozen(name, "torch.compile")
     else:
-        due = {i for i, step in enumerate(steps) if i in touched or is_due(step, states[i]["beta"])}
+        due = {i for i, step in enumerate(steps) if i in touched or is_due(step, betas[i])}
         memo["settled"] = SETTLED in steps
         memo["left"] = min((1 << step.bit_length()) - step for step in steps) - 1
     if 1 in steps:
         shards.warn_flat(name, params)
-    rows = [(params[i], states[i], steps[i]) for i in sorted(due) if params[i].numel()]
+    rows = [(params[i], states[i], steps[i]) for i in sorted(due) if params[i].numel() and has_values(params[i])]
     beta1, beta2 = group["betas"]
     factors = [float(corrections(step, beta1, beta2, group["bias_correction"])[1]) for *_, step in rows]
     by_kernel = backends.pick(params, group) is backends.cpu.cpu
@@ -126,15 +139,10 @@ def calibrate(
 
 def _watch(optimizer: Any, memo: dict[str, Any]) -> Watch:
     if "watch" not in memo:
-        kept = [(p, state) for p, state in optimizer.state.items() if isinstance(state, dict) and "exp_avg_sq" in state]
-        memo["watch"] = Watch((p, [column[0] for column in _tensors(optimizer, [state])]) for p, state in kept)
+        keys = ("exp_avg_sq", "step", *(["max_exp_avg_sq"] if optimizer._amsgrad else []))
+        kept = [(p, state) for p, state in optimizer.state.items() if isinstance(state, dict)]
+        memo["watch"] = Watch((p, [state[key] for key in keys]) for p, state in kept if state.keys() >= set(keys))
     return memo["watch"]
-
-
-def _tensors(optimizer: Any, states: Sequence[dict[str, Any]]) -> list[list[Tensor]]:
-    """What beta is measured from, and when."""
-    keys = ("step", "exp_avg_sq", "max_exp_avg_sq") if optimizer._amsgrad else ("step", "exp_avg_sq")
-    return [[state[key] for state in states] for key in keys]
 
 
 def _histogram_after(
@@ -208,6 +216,11 @@ def _lower_edge(index: int, bins: int) -> float:
     return math.ldexp(1 + index % octave / octave, index // octave - (bins // octave // 2 - 1))
 
 
+def has_values(t: Tensor) -> bool:
+    """Whether a tensor has values to measure: those of the meta device and fake ones have a shape alone."""
+    return not (t.is_meta or is_fake(t))
+
+
 def is_frozen() -> bool:
     """Whether a CUDA graph is being captured: nothing may be read from the device then, so no beta is measured."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -230,7 +243,7 @@ def warn_floor(optimizer: Optimizer) -> None:
     for beta in {group["beta"] for group in optimizer.param_groups} - {"auto"}:
         groups = [group for group in optimizer.param_groups if group["beta"] == beta and not group["differentiable"]]
         first = next((p for group in groups for p in group["params"] if p.grad is not None), None)
-        step = None if first is None else optimizer.state[first]["step"]
+        step = None if first is None or not has_values(first) else optimizer.state[first]["step"]
         if step is not None and step.is_cpu and step.item() == LOOKED_AT and not is_frozen():
             _look_at_floor(optimizer, beta, groups)
 
@@ -308,7 +321,7 @@ def chosen_betas(optimizer: Optimizer, model: Module | None = None) -> dict[str,
             betas[moments.label(names, groups, i, j)] = _beta(optimizer.state.get(p, {}), group)
     listed = {p for group in groups for p in group["params"]}
     if len({group["beta"] for group in groups}) == 1:  # under DeepSpeed ZeRO-3 no group lists the pieces with a state
-        for k, piece in enumerate(piece for piece in optimizer.state if piece not in listed):
+        for k, piece in enumerate(moments.pieces(optimizer.state, listed)):
             betas[f"flat.{k}"] = _beta(optimizer.state[piece], groups[0])
     return betas
 

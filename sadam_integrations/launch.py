@@ -8,6 +8,7 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
+from multiprocessing import spawn
 from typing import Any
 
 HELP = """\
@@ -33,8 +34,8 @@ which may be any of Adam's kind, each time that it logs the loss:
 
 (torchrun has options that begin like --monitor: the -- in front of the module says that those behind it are not its.)
 
-A program that itself starts accelerate's launcher, as TRL's does, needs nothing more: the processes that it starts are
-told the names.
+A program that itself starts accelerate's launcher, as TRL's does, or Python processes (torch.multiprocessing.spawn, a
+ProcessPoolExecutor), needs nothing more: the processes that it starts are told the names.
 
   python -m sadam_integrations.launch -m trl.cli.main sft --optim sadamw --optim_args beta=1000 ...
 
@@ -78,19 +79,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(f"there is no module {argv[0]!r} that can be run; a script is run without -m")
 
     try:
-        if option == "--timm":
-            import sadam_integrations.timm
-        else:
-            import sadam_integrations.huggingface
+        register(option)
     except ImportError as error:
         sys.exit(f"sadam_integrations.launch: {error}")
-    if option == "--monitor":
-        from transformers import trainer
-
-        # in front of the callbacks of report_to, which then see the numbers
-        trainer.DEFAULT_CALLBACKS.append(sadam_integrations.huggingface.ALRCallback)  # type: ignore[arg-type]
+    _hand_on_to_spawned(option)
     if option != "--timm" and importlib.util.find_spec("accelerate"):
-        _hand_on([option] if option else [])
+        _hand_on_to_accelerate([option] if option else [])
 
     sys.argv = argv  # runpy makes argv[0] the path of the script: HfArgumentParser looks for <script>.args there
     if as_module:
@@ -99,6 +93,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not getattr(sys.flags, "safe_path", False):  # python -P puts no folder first in the path, so none is replaced
         sys.path[0] = os.path.dirname(os.path.realpath(argv[0]))
     runpy.run_path(os.path.abspath(argv[0]), run_name="__main__")
+
+
+def register(option: str | None) -> None:
+    """Registers the names, as the launcher's option says."""
+    if option == "--timm":
+        import sadam_integrations.timm
+    else:
+        import sadam_integrations.huggingface
+    if option == "--monitor":
+        from transformers import trainer
+
+        # in front of the callbacks of report_to, which then see the numbers
+        trainer.DEFAULT_CALLBACKS.append(sadam_integrations.huggingface.ALRCallback)  # type: ignore[arg-type]
 
 
 def _can_be_run(module: str) -> bool:
@@ -115,7 +122,30 @@ def _can_be_run(module: str) -> bool:
     return spec is not None
 
 
-def _hand_on(options: list[str]) -> None:
+class _Registration:
+    """Registers the names in the process that unpickles it."""
+
+    def __init__(self, option: str | None) -> None:
+        self.option = option
+
+    def __reduce__(self) -> tuple:
+        from sadam_integrations import launch  # by its name: here it is __main__
+
+        return launch.register, (self.option,)
+
+
+def _hand_on_to_spawned(option: str | None) -> None:
+    """Puts the registration into what every process that is spawned is told before it begins."""
+    original = spawn.get_preparation_data
+
+    @functools.wraps(original)
+    def get_preparation_data(name: str) -> dict[str, Any]:
+        return {**original(name), __spec__.name: _Registration(option)}
+
+    spawn.get_preparation_data = get_preparation_data
+
+
+def _hand_on_to_accelerate(options: list[str]) -> None:
     """Puts this launcher in front of every script that the program runs by accelerate's launcher."""
     from accelerate.commands import launch
 

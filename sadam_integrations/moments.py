@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, distributed
 from torch.nn import Module
 
+from sadam_integrations import shards
 from sadam_integrations.update import BIAS_CORRECTIONS, BiasCorrection
 
 OTHERS = ("partial", "final_lr")
@@ -37,7 +38,7 @@ class Entry(NamedTuple):
 
 
 def unwrap(optimizer: Any) -> Any:
-    """The innermost optimizer, inside those of accelerate, Lightning, Fabric, DeepSpeed and ZeroRedundancyOptimizer."""
+    """The innermost optimizer, inside those of frameworks, engines and others that keep it as an attribute."""
     return _layers(optimizer)[-1]
 
 
@@ -77,7 +78,7 @@ def gather(optimizer: Any, mine: Any) -> list[Any]:
     The parts of a DTensor do not count: its own ``full_tensor()`` puts them together.
     """
     sharder = next((layer for layer in _layers(optimizer) if _is_sharder(layer)), None)
-    flat = any(getattr(p, "_fsdp_flattened", False) for group in _groups(optimizer) for p in group["params"])
+    flat = any(shards.is_of_fsdp1(p) for group in _groups(optimizer) for p in group["params"])
     if not (sharder or flat) or not (distributed.is_available() and distributed.is_initialized()):
         return [mine]
     process_group = getattr(sharder, "process_group", None) or getattr(sharder, "dp_process_group", None)
@@ -89,13 +90,16 @@ def gather(optimizer: Any, mine: Any) -> list[Any]:
 def _layers(optimizer: Any) -> list[Any]:
     """An optimizer and, one after the other, those it wraps."""
     found = [optimizer]
-    while inner := [
-        inner
-        for attribute in ("optimizer", "optim")
-        if hasattr(inner := getattr(found[-1], attribute, None), "param_groups")
-    ]:
-        found.append(inner[0])
+    while (inner := next(_held(found[-1]), None)) is not None and not any(inner is layer for layer in found):
+        found.append(inner)
     return found
+
+
+def _held(wrapper: Any) -> Iterator[Any]:
+    """The optimizers among the attributes of another, whatever these are called."""
+    for value in getattr(wrapper, "__dict__", {}).values():
+        if hasattr(value, "param_groups"):
+            yield value
 
 
 def _is_sharder(optimizer: Any) -> bool:
@@ -136,8 +140,13 @@ def _entries(inner: Any, groups: list[dict[str, Any]], known: dict[Tensor, str])
             yield from _entry((i, j), label(known, groups, i, j), inner.state.get(p), group)
     rules = [[group.get(key) for key in ("betas", "beta", "eps", "bias_correction", "step")] for group in groups]
     if all(rule == rules[0] for rule in rules):  # under DeepSpeed ZeRO-3 no group lists the pieces that have a state
-        for k, piece in enumerate(piece for piece in inner.state if piece not in listed):
+        for k, piece in enumerate(pieces(inner.state, listed)):
             yield from _entry((len(groups), k), f"flat.{k}", inner.state[piece], groups[0])
+
+
+def pieces(state: Mapping[Any, Any], listed: Collection[Tensor]) -> list[Tensor]:
+    """The tensors that have a state and are in no group; other keys of a state are its users' own."""
+    return [p for p in state if isinstance(p, Tensor) and p not in listed]
 
 
 def _entry(place: tuple[int, int], name: str, state: dict[str, Any] | None, group: dict[str, Any]) -> Iterator[Entry]:

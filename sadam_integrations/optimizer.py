@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import compress
+from itertools import chain, compress
 from operator import attrgetter, is_
 from typing import Any, Literal
 
@@ -206,33 +206,38 @@ class Sadam(Optimizer):
         ordered = len(params) == len(self.state) and all(map(is_, params, self.state))  # spares the lookups
         states = list(self.state.values()) if ordered else [self.state[p] for p in params]
         auto = group["beta"] == "auto"
-        wanted = (
-            {"step": Tensor} | ({"max_exp_avg_sq": Tensor} if self._amsgrad else {}) | ({"beta": float} if auto else {})
-        )
-        for key, kind in wanted.items():
+        keys = ("exp_avg", "exp_avg_sq", "step", *(["max_exp_avg_sq"] if self._amsgrad else []))
+        columns = [[state.get(key) for state in states] for key in keys]
+        measured = [state.get("beta") for state in states] if auto else []
+        if not (
+            all(issubclass(kind, Tensor) for kind in {*map(type, chain(*columns))})
+            and {*map(type, measured)} <= {float}
+        ):
             for p, state in zip(params, states, strict=True):
-                if not isinstance(state.get(key), kind):
-                    self._init_state(p, state, key, group)
-        exp_avgs += [state["exp_avg"] for state in states]
-        exp_avg_sqs += [state["exp_avg_sq"] for state in states]
-        max_exp_avg_sqs += [state["max_exp_avg_sq"] for state in states] if self._amsgrad else [None] * len(states)
-        steps += [state["step"] for state in states]
+                self._complete(p, state, group)
+            columns = [[state[key] for state in states] for key in keys]
+        exp_avgs += columns[0]
+        exp_avg_sqs += columns[1]
+        steps += columns[2]
+        max_exp_avg_sqs += columns[3] if self._amsgrad else [None] * len(states)
         if auto and params:
             with torch.no_grad():
-                calibration.calibrate(self, group, params, states, memo, compiling)
+                calibration.calibrate(self, group, params, states, columns[1:], memo, compiling)
         betas += [state["beta"] for state in states] if auto else [group["beta"]] * len(states)
 
-    @staticmethod
-    def _init_state(p: Tensor, state: dict[str, Any], key: str, group: dict[str, Any]) -> None:
+    def _complete(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Makes what a parameter's state lacks; a number that others have put in a tensor's place stays its value."""
-        if key == "step":
-            fresh, device = "step" not in state, p.device if group["capturable"] or group["fused"] else "cpu"
+        fresh = "step" not in state
+        if not isinstance(state.get("step"), Tensor):
+            device = p.device if group["capturable"] or group["fused"] else "cpu"
             state["step"] = torch.tensor(float(state.get("step", 0.0)), dtype=torch.float32, device=device)
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if fresh or moment not in state:
-                    state[moment] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        else:
-            state[key] = float(state.get("beta", 0.0)) if key == "beta" else state["exp_avg_sq"].clone()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if fresh or moment not in state:
+                state[moment] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        if self._amsgrad and "max_exp_avg_sq" not in state:
+            state["max_exp_avg_sq"] = state["exp_avg_sq"].clone()
+        if group["beta"] == "auto":
+            state["beta"] = float(state.get("beta", 0.0))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as torch's optimizers do; a beta that was measured is in it as a 0-dim float64 tensor.

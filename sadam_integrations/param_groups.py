@@ -25,9 +25,9 @@ def param_groups(model: nn.Module) -> list[dict[str, Any]]:
             modules share appears once, where it comes first.
 
     Returns:
-        The groups ``{"params": [...], "name": "decay"}`` and
-        ``{"params": [...], "name": "no_decay", "weight_decay": 0.0}``, each in the order of
-        ``model.named_parameters()``; a group without parameters is left out.
+        The groups ``{"params": [...]}`` and ``{"params": [...], "weight_decay": 0.0}``, each in the order of
+        ``model.named_parameters()``; a group without parameters is left out. They have no names, so that the groups of
+        several models, one list behind the other, have none twice.
 
     Raises:
         TypeError: If model is not a ``torch.nn.Module``.
@@ -53,10 +53,7 @@ def param_groups(model: nn.Module) -> list[dict[str, Any]]:
             seen.add(parameter)
             if parameter.requires_grad:
                 (no_decay if is_norm or "bias" in name else decay).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decay, "name": "decay"},
-        {"params": no_decay, "name": "no_decay", "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if not groups:
         reason = f"all {len(seen)} parameters are frozen (requires_grad=False)" if seen else "it has no parameters"

@@ -101,9 +101,9 @@ def _fsdp1_ranks(p: Tensor) -> tuple[Any, Sequence[int]]:
         return handle.process_group, range(first // size, last // size + 1)
     if distributed.is_available() and distributed.is_initialized():
         warn(
-            'beta="auto": FullyShardedDataParallel\'s record of a parameter was not found, so that only this '
-            "process's piece of it is measured, and saving may fail. If gc.freeze() was called, call it after the first "
-            "step; or give beta a number."
+            'beta="auto": FullyShardedDataParallel\'s record of a parameter was not found, so only the piece of this '
+            "process is measured, and saving may fail. If gc.freeze() was called, call it after the first step, or give "
+            "beta a number."
         )
     return None, ()
 

@@ -102,7 +102,7 @@ def update(
     """One step of Sadam, or of SAMSGrad when ``max_exp_avg_sq`` is given, without changing its inputs.
 
     Half-precision tensors are computed in float32 and rounded once, at the end. Complex tensors are updated as pairs of
-    real numbers.
+    real numbers. Of float32 tensors, a backend may take what is smaller than 1.2e-38 (subnormal) for zero.
 
     Args:
         param: The parameter, any shape and any floating or complex dtype.

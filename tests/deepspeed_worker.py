@@ -141,16 +141,19 @@ def check_a_fixed_beta_equals_one_process(folder):
             equals_one_process(folder, name, zero(stage))
 
 
-def check_auto_says_once_that_it_measures_flat_pieces(folder):
+def check_auto_says_once_that_it_measures_flat_tensors_and_does_so_alike_on_all_ranks(folder):
     for stage in STAGES:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
             run = trainer(dist_folder(folder), zero(stage))
             run.train()
-        said = [str(w.message) for w in caught if "flat pieces that DeepSpeed hands" in str(w.message)]
+        said = [str(w.message) for w in caught if "each flat tensor that DeepSpeed makes" in str(w.message)]
         assert len(said) == (dist.get_rank() == 0), [str(w.message) for w in caught]
         betas = chosen_betas(run.optimizer)
         assert len(betas) == 2 and min(betas.values()) > 0, betas  # a piece for each of the Trainer's groups
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, betas)
+        assert all(own == betas for own in everyone), everyone
 
 
 def check_auto_ends_no_worse_than_one_process_beyond_seed_noise(folder):

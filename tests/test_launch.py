@@ -93,8 +93,8 @@ def test_handing_on_twice_or_a_program_that_is_not_python_changes_nothing(monkey
 
     seen = []
     monkeypatch.setattr(accelerate, "launch_command", seen.append)
-    launch._hand_on(["--monitor"])
-    launch._hand_on(["--monitor"])
+    launch._hand_on_to_accelerate(["--monitor"])
+    launch._hand_on_to_accelerate(["--monitor"])
     for script, no_python in (("x.py", False), ("sadam_integrations.launch", False), ("x.sh", True)):
         args = {"training_script": script, "training_script_args": ["--a"], "module": False, "no_python": no_python}
         accelerate.launch_command(types.SimpleNamespace(**args))

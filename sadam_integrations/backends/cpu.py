@@ -9,15 +9,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from itertools import accumulate, compress
-from operator import is_, not_
+from operator import is_
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sadam_integrations.backends.for_loop import for_loop
-from sadam_integrations.backends.rows import Layouts, Rows, check_memory, dense, rows_of
+from sadam_integrations.backends.for_loop import PIECE, for_loop, pieces
+from sadam_integrations.backends.rows import Layouts, Rows, check_memory, dense, rows_of, similar
 from sadam_integrations.update import BIAS_CORRECTIONS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -153,6 +153,7 @@ class _Table:
         self.served = [_fits(*row) for row in rows.each()]
         columns = [list(compress(column, self.served)) for column in rows.columns]
         self.addresses = rows.addresses(self.served)
+        check_memory(*self.addresses)
         self.layouts = Layouts(columns[0])
         n, numels = len(columns[0]), self.layouts.numels
         blocks = accumulate((-(-numel // BLOCK) for numel in numels), initial=0)
@@ -185,8 +186,11 @@ def _fits(whole: bool, grad: Tensor, param: Tensor, *rest: Tensor) -> bool:
 
 
 def _served(param: Tensor, *others: Tensor) -> bool:
-    known = param.is_cpu and param.dtype in DTYPES and param.numel() > 0 and not param.is_inference()
-    return known and dense((param, *others))
+    return _known(param) and dense((param, *others))
+
+
+def _known(param: Tensor) -> bool:
+    return param.is_cpu and param.dtype in DTYPES and param.numel() > 0 and not param.is_inference()
 
 
 def cpu(
@@ -203,7 +207,8 @@ def cpu(
 ) -> bool:
     """See :class:`sadam_integrations.backends.Backend`. What the kernel does not serve takes the for-loop, row by row.
 
-    It serves contiguous float32, bfloat16 and float16 tensors whose gradient and moments have the parameter's dtype.
+    It serves float32, bfloat16 and float16 tensors whose gradient and moments have the parameter's dtype and lie in
+    memory as it does, without gaps: contiguous, channels-last, transposed. Large ones that do not are copied in pieces.
     """
     library = load()
     assert isinstance(library, Library), library
@@ -214,11 +219,12 @@ def cpu(
     if table is None or grad is None or 0 in grad:
         table = memo["cpu"] = _Table(rows)
         grad = table.gradients(rows)
-    check_memory(*grad, *table.addresses)
+    check_memory(*grad)
     if not all(table.served):
-        others = list(map(not_, table.served))
-        given = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas)
-        for_loop(*(list(compress(column, others)) for column in given), **options)  # type: ignore[arg-type]
+        given = zip(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, betas, strict=True)
+        for served, (whole, *local), row in zip(table.served, rows.each(), given, strict=True):
+            if not served and not (whole and _in_pieces(*local, beta=row[-1], **options)):
+                for_loop(*([cell] for cell in row), **options)  # type: ignore[arg-type]
     if not grad:
         return True
     beta = array("d", compress(betas, table.served))
@@ -232,6 +238,18 @@ def cpu(
     library.handle.sadam_step(ctypes.byref(table.columns), ctypes.byref(settings), which, library.parallel_for)
     torch.autograd.graph.increment_version(list(compress(params, table.served)))
     return not all(table.served)
+
+
+def _in_pieces(grad: Tensor, param: Tensor, *rest: Tensor, beta: float, **options) -> bool:
+    """Steps a large tensor that only the order of its parts in memory keeps from the kernel; returns whether it did."""
+    *moments, step = rest
+    tensors = [param, grad, *moments]
+    if not (_known(param) and similar(tensors) and param.numel() > PIECE and step.is_cpu):
+        return False
+    for p, g, m, v, *v_max in pieces(tensors, changed=[0, *range(2, len(tensors))]):
+        cpu([p], [g], [m], [v], v_max or [None], [step.clone()], [beta], memo={}, **options)
+    step += 1
+    return True
 
 
 def count(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
+from sadam_integrations.backends.rows import fills
 from sadam_integrations.update import update
 
 PIECE = 1 << 16
@@ -32,11 +35,15 @@ def for_loop(
     counts = counted(steps, capturable)
     for row in zip(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, counts, betas, strict=True):
         tensors, step, beta = [t for t in row[:5] if t is not None], row[5], row[6]
-        for param, grad, *state in pieces(tensors):
+        for param, grad, *state in pieces(tensors, changed=[0, *range(2, len(tensors))]):
             stored = [param, *state]
             p, m, v, *v_max = [t.clone() for t in stored] if torch.is_grad_enabled() else stored
             new = update(p, grad, m, v, v_max[0] if v_max else None, step=step, beta=beta, **options)
-            for old, value in zip(stored, (t for t in new if t is not None), strict=True):
+            values = [t for t in new if t is not None]
+            if not torch.compiler.is_compiling() and is_fake(param):  # whose device copy_ would look for
+                torch._foreach_copy_(stored, values)
+                continue
+            for old, value in zip(stored, values, strict=True):
                 old.copy_(value)
     return True
 
@@ -49,13 +56,41 @@ def counted(steps: Sequence[Tensor], capturable: bool) -> Sequence[float | Tenso
     return steps if as_tensors else [step.item() for step in steps]
 
 
-def pieces(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Splits tensors of one shape alike, for work that goes element by element; whole ones where that cannot help."""
-    size = tensors[0].numel()
-    plain = all(t.device.type == "cpu" and not hasattr(t, "to_local") and t.is_contiguous() for t in tensors)
-    if size <= PIECE or not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
+def pieces(tensors: list[Tensor], changed: Collection[int] = ()) -> Iterator[list[Tensor]]:
+    """Splits tensors of one shape alike, for work that goes element by element; whole ones where that cannot help.
+
+    The pieces follow the order in memory in which most of the tensors lie. They are views of these, and copies of those
+    that lie otherwise, or have gaps.
+
+    Args:
+        tensors: Of one shape.
+        changed: The indices of those that the work on a piece changes: copies of these are put back after it.
+    """
+    plain = all(t.device.type == "cpu" and not hasattr(t, "to_local") for t in tensors)
+    if tensors[0].numel() <= PIECE or not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield tensors
         return
-    flat = [t.view(-1) for t in tensors]
-    for start in range(0, size, PIECE):
-        yield [t[start : start + PIECE] for t in flat]
+    copied: Counter[tuple[int, ...]] = Counter()  # how often a tensor is copied unless the pieces follow these strides
+    for i, t in enumerate(tensors):
+        if fills(tuple(t.shape), t.stride()):
+            copied[t.stride()] += 2 if i in changed else 1
+    dims = list(range(tensors[0].dim()))
+    for strides, _ in copied.most_common(1):
+        dims.sort(key=strides.__getitem__, reverse=True)
+    ordered = [t.permute(dims) for t in tensors]
+    if all(map(Tensor.is_contiguous, ordered)):
+        ordered = [t.view(-1) for t in ordered]
+    for given in _split(ordered):
+        yield (used := [t.contiguous() for t in given])
+        for i in changed:
+            if not given[i].is_contiguous():
+                given[i].copy_(used[i])
+
+
+def _split(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    row = tensors[0][0].numel()
+    for start in range(0, len(tensors[0]), rows := max(1, PIECE // row)):
+        if row <= PIECE:
+            yield [t[start : start + rows] for t in tensors]
+        else:
+            yield from _split([t[start] for t in tensors])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from itertools import chain, compress
 from operator import and_, attrgetter
@@ -56,6 +57,8 @@ class Layouts:
         self.dtypes = [p.dtype for p in params]
         self.numels = [p.numel() for p in params]
         self.bytes = [p.nbytes for p in params]
+        self.orders = [order(p) for p in params]
+        self.contiguous = not any(self.orders)
         self.single = [n == 1 for n in self.numels]
 
     def hold(self, grads: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
@@ -64,21 +67,50 @@ class Layouts:
             list(map(attrgetter("dtype"), grads)) == self.dtypes
             and list(map(Tensor.numel, grads)) == self.numels
             and list(map(attrgetter("nbytes"), params)) == self.bytes
-            and all(map(Tensor.is_contiguous, grads))
-            and all(map(Tensor.is_contiguous, params))
-            and not any(map(Tensor.is_neg, compress(grads, self.single)))  # larger ones are not contiguous
+            and self._in_order(grads)
+            and self._in_order(params)
+            and not any(map(Tensor.is_neg, compress(grads, self.single)))  # larger ones have gaps
         )
+
+    def _in_order(self, tensors: Sequence[Tensor]) -> bool:
+        if self.contiguous:
+            return all(map(Tensor.is_contiguous, tensors))
+        return list(map(order, tensors)) == self.orders
+
+
+def order(t: Tensor) -> tuple[int, ...] | None:
+    """In which order the elements of a tensor lie in memory: None if it is contiguous, else its strides."""
+    if t.is_contiguous():
+        return None
+    return tuple(stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def fills(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether a tensor is one run of memory without gaps or overlaps, in whatever order: channels-last, transposed."""
+    run = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1):
+        if stride != run:
+            return False
+        run *= size
+    return True
 
 
 def dense(tensors: Sequence[Tensor]) -> bool:
-    """Whether the memory of these holds their values in order, all of the first one's dtype and shape."""
+    """Whether these are similar, and each of them is one run of memory in the order of the first one."""
+    first = tensors[0]
+    return similar(tensors) and fills(tuple(first.shape), first.stride()) and len(set(map(order, tensors))) == 1
+
+
+def similar(tensors: Sequence[Tensor]) -> bool:
+    """Whether the memory of these holds their very values, all of one dtype, shape and device."""
     first = tensors[0]
     return all(
         type(t) in PLAIN
+        and t.layout == torch.strided
         and t.dtype == first.dtype
         and t.shape == first.shape
         and t.device == first.device
-        and t.is_contiguous()
         and not t.is_neg()  # autograd leaves the sign of a conjugate's imaginary part for later
         and not t._is_zerotensor()
         for t in tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 from sadam_integrations.cli.recipes import find
@@ -19,7 +20,8 @@ Copies a recipe and its default config, and another config if you name one, as f
   sadam cp vit . --config vit_cifar10        vit_cifar10.yaml as well
   sadam run ./bert.py                        runs the copy
 
-What recipes share stays in the package, sadam_integrations.recipe.
+What recipes share stays in the package, sadam_integrations.recipe; what only a few do, in a module beside them whose
+name begins with _, is copied too.
 """
 
 
@@ -40,6 +42,7 @@ def go(args: argparse.Namespace) -> int:
         raise RecipeError(f"--config: {args.config!r} is none of {', '.join(path.stem for path in configs)}")
     wanted = [path for path in configs if path.stem in (source.stem, args.config)]
     copies = {source: target}
+    copies |= {path: target.with_name(path.name) for path in beside(source)}
     copies |= {path: target.with_name(path.name.replace(source.stem, target.stem, 1)) for path in wanted}
     there = [str(copy) for copy in copies.values() if os.path.lexists(copy)]  # a link that leads nowhere is there too
     if there and not args.overwrite:
@@ -51,3 +54,13 @@ def go(args: argparse.Namespace) -> int:
     command = target if target.is_absolute() or len(target.parts) > 1 else f"./{target}"
     print(f"Run it: sadam run {command}" + (f" --config {copies[wanted[-1]].stem}" if args.config else ""))
     return 0
+
+
+def beside(source: Path) -> list[Path]:
+    """Returns the modules beside a recipe that it imports, and those that these import."""
+    found: list[Path] = []
+    for name in re.findall(r"^(?:import|from) (_\w+)", source.read_text(encoding="utf-8"), re.MULTILINE):
+        path = source.with_name(f"{name}.py")
+        if path.is_file():
+            found += [path, *beside(path)]
+    return list(dict.fromkeys(found))

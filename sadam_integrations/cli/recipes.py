@@ -12,7 +12,7 @@ from sadam_integrations.run_folder import RecipeError
 def names() -> dict[str, Path]:
     """Returns the recipes of the package, the studies last, from name to file."""
     folder = recipes_folder()
-    files = [file for pattern in ("*.py", "studies/[!_]*.py") for file in sorted(folder.glob(pattern))]
+    files = [file for pattern in ("[!_]*.py", "studies/[!_]*.py") for file in sorted(folder.glob(pattern))]
     return {str(file.relative_to(folder).with_suffix("").as_posix()): file for file in files}
 
 

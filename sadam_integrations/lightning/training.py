@@ -262,7 +262,7 @@ def layerwise(model: Any, groups: list[dict[str, Any]], lr: float, decay: float)
     scales = layer_scales((name for name, _ in model.named_parameters()), decay)
     scale_of = {p: scales[name] for name, p in model.named_parameters()}
     return [
-        {**group, "params": params, "name": f"{group['name']} {scale:.3g}", "lr": lr * scale}
+        {**group, "params": params, "name": f"{'no_' * ('weight_decay' in group)}decay {scale:.3g}", "lr": lr * scale}
         for group in groups
         for scale in sorted(set(scales.values()))
         if (params := [p for p in group["params"] if scale_of[p] == scale])
