@@ -1,9 +1,9 @@
 """How long a step of Sadam and SAMSGrad takes beside AdamW and its kin: time, bandwidth and memory, on CPU or GPU.
 
-Every optimizer takes steps, with fixed random gradients, on the tensors of BERT-base (199, 109.5 million parameters), of
-ViT-S/16 (200, 22 million) and of ResNet-50 in channels-last layout (161, 25.6 million), on 2,000 of 1,000 elements, and
-on BERT-base's embeddings as they are after 2,000 steps of 2,048 tokens drawn by Zipf's law: many of their rows have not
-been seen for long, and have first moments that are subnormal numbers. What we measured is in docs/speed.md.
+Every optimizer takes steps, with fixed random gradients, on the tensors of BERT-base (199, 109.5 million parameters),
+of ViT-S/16 (200, 22 million) and of ResNet-50 in channels-last layout (161, 25.6 million), on 2,000 of 1,000 elements,
+and on BERT-base's embeddings as they are after 2,000 steps of 2,048 tokens drawn by Zipf's law: many of their rows have
+not been seen for long, and have first moments that are subnormal numbers. What we measured is in docs/speed.md.
 
 Run it:
   sadam run step_speed                              everything, in runs/step_speed

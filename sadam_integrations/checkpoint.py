@@ -83,8 +83,9 @@ def adopt(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def with_tensors(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    """Puts the betas that were measured into a state dict as 0-dim float64 tensors, not into the optimizer's own."""
+def make_portable(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """Changes a state dict, not the optimizer, to what others can take along: plain numbers, betas as tensors."""
+    state_dict["param_groups"] = list(map(plain, state_dict["param_groups"]))
     for i, saved in state_dict["state"].items():
         if isinstance(saved, dict) and isinstance(beta := saved.get("beta"), float):
             state_dict["state"][i] = {**saved, "beta": torch.tensor(beta, dtype=torch.float64, device="cpu")}

@@ -244,7 +244,7 @@ class Sadam(Optimizer):
 
         Engines such as FSDP1 take only tensors along. In ``optimizer.state`` it is a Python float.
         """
-        hook = self.register_state_dict_post_hook(checkpoint.with_tensors, prepend=True)
+        hook = self.register_state_dict_post_hook(checkpoint.make_portable, prepend=True)
         try:
             return super().state_dict()
         finally:

@@ -102,8 +102,8 @@ def _fsdp1_ranks(p: Tensor) -> tuple[Any, Sequence[int]]:
     if distributed.is_available() and distributed.is_initialized():
         warn(
             'beta="auto": FullyShardedDataParallel\'s record of a parameter was not found, so only the piece of this '
-            "process is measured, and saving may fail. If gc.freeze() was called, call it after the first step, or give "
-            "beta a number."
+            "process is measured, and saving may fail. If gc.freeze() was called, call it after the first step; or "
+            "give beta a number."
         )
     return None, ()
 

@@ -278,6 +278,22 @@ def check_zero_redundancy(cls, options):
     equal_to_one_process(model, options, cls)
 
 
+def check_zero_redundancy_checkpoint(cls, options):
+    """Gathered on rank 0 and loaded by all, as its documentation says; DDP's first step sums in an order of its own."""
+    models = [torch.nn.parallel.DistributedDataParallel(fresh(seed)) for seed in (0, 1)]
+    one, other = (ZeroRedundancyOptimizer(m.parameters(), optimizer_class=cls, **options) for m in models)
+    train(models[0], one, my_rows())
+    one.consolidate_state_dict(to=0)
+    saved = [one.state_dict() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(saved)
+    models[1].load_state_dict(models[0].state_dict())
+    other.load_state_dict(copy.deepcopy(saved[0]))
+    assert chosen_betas(one) == chosen_betas(other)
+    train(models[0], one, my_rows(), STEPS, STEPS), train(models[1], other, my_rows(), STEPS, STEPS)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
 def shared_folder():
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import Embedding, Linear, Parameter, Sequential, Tanh
 
-from sadam_integrations import PUBLISHED, Sadam, SadamW, SAMSGrad, alr, moments
+from sadam_integrations import PUBLISHED, Sadam, SadamW, SAMSGrad, advise, alr, chosen_betas, moments
 from sadam_integrations.calibration import GAIN
 from sadam_integrations.moments import gather
 
@@ -413,7 +413,22 @@ def wrappers():
 
         return AcceleratedOptimizer(ZeROOptimizer(optimizer))
 
-    return {"accelerate": accelerated, "lightning": lightning, "fabric": fabric, "deepspeed": deepspeed}
+    def named(*attributes):
+        """Wrappers of other libraries, one in the other, each of which keeps it under a name of its own."""
+
+        def wrap(optimizer, model):
+            for attribute in attributes:
+                outer = type("Wrapper", (torch.optim.Optimizer,), {"__init__": lambda self: None})()
+                outer.param_groups = optimizer.param_groups
+                setattr(outer, attribute, optimizer)
+                optimizer = outer
+            return optimizer
+
+        return wrap
+
+    known = {"accelerate": accelerated, "lightning": lightning, "fabric": fabric, "deepspeed": deepspeed}
+    names = ("optim", "base_optimizer", "_base_optimizer", "opt", "_optimizer", "base", "wrapped", "inner_optimizer")
+    return {**known, **{name: named(name) for name in names}, "all": named(*names)}
 
 
 @pytest.mark.parametrize("kind", wrappers())
@@ -424,6 +439,8 @@ def test_wrapped(kind):
     assert moments.unwrap(wrapped) is optimizer and moments.unwrap(optimizer) is optimizer
     train(model, optimizer)
     assert alr.metrics(wrapped, model, layers=True) == alr.metrics(optimizer, model, layers=True) != {}
+    assert chosen_betas(wrapped, model) == chosen_betas(optimizer, model)
+    assert str(advise(wrapped)) == str(advise(optimizer))
     assert gather(wrapped, 1) == [1]
 
 

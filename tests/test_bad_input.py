@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
 
 import pytest
@@ -16,6 +17,8 @@ every_class = pytest.mark.parametrize("cls", CLASSES)
 
 BAD = [
     ({"lr": -1.0}, ValueError, ["-1.0", "lr is at least 0"]),
+    ({"lr": -1e-6}, ValueError, ["-1e-06", "lr is at least 0"]),
+    ({"lr": torch.tensor(-1e-6)}, ValueError, ["lr is at least 0"]),
     ({"lr": math.nan}, ValueError, ["nan", "lr is at least 0"]),
     ({"lr": math.inf}, ValueError, ["inf", "finite"]),
     ({"lr": "1e-3"}, TypeError, ["'1e-3'", "a number or a 0-dim tensor"]),
@@ -27,6 +30,9 @@ BAD = [
     ({"betas": (0.9,)}, TypeError, ["(0.9,)", "(0.9, 0.999)"]),
     ({"betas": (0.9, 0.99, 0.999)}, TypeError, ["(0.9, 0.99, 0.999)", "(0.9, 0.999)"]),
     ({"betas": "0.9,0.999"}, TypeError, ["'0.9,0.999'", "(0.9, 0.999)"]),
+    ({"betas": {0.9, 0.999}}, TypeError, ["(0.9, 0.999)"]),
+    ({"betas": {"a": 0.9, "b": 0.999}}, TypeError, ["'a': 0.9", "(0.9, 0.999)"]),
+    ({"betas": torch.ones(3)}, TypeError, ["(1.0, 1.0, 1.0)", "(0.9, 0.999)"]),
     ({"betas": (0.9, "x")}, TypeError, ["index 1", "'x'", "numbers"]),
     ({"betas": (True, 0.9)}, TypeError, ["index 0", "True", "numbers"]),
     ({"betas": (1.0, 0.9)}, ValueError, ["index 0", "1.0", "[0, 1)"]),
@@ -43,7 +49,8 @@ BAD = [
     ({"beta": "Auto"}, TypeError, ["'Auto'", 'a positive number or "auto"']),
     ({"beta": None}, TypeError, ["None", 'a positive number or "auto"']),
     ({"beta": True}, TypeError, ["True", 'a positive number or "auto"']),
-    ({"beta": torch.tensor(50.0)}, TypeError, ["tensor(50.)", 'a positive number or "auto"']),
+    ({"beta": torch.tensor([50.0, 60.0])}, TypeError, ["tensor([50., 60.])", 'a positive number or "auto"']),
+    ({"beta": {50}}, TypeError, ["{50}", 'a positive number or "auto"']),
     ({"beta": (0.9, 0.95)}, TypeError, ["(0.9, 0.95)", "did you mean betas=(0.9, 0.95)?"]),
     ({"beta": [0.9, 0.95]}, TypeError, ["[0.9, 0.95]", "did you mean betas=(0.9, 0.95)?"]),
     ({"weight_decay": -0.1}, ValueError, ["-0.1", "at least 0"]),
@@ -114,11 +121,60 @@ def test_a_fourth_positional_argument_is_not_beta(cls):
         cls([one()], 1e-3, (0.9, 0.999), 1e-8)
 
 
-@pytest.mark.parametrize("name", ["eps", "amsgrad", "decoupled_weight_decay", "smooth"])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("eps", r" \(there is no epsilon: the floor of the denominator is ln 2 / beta\)"),
+        ("amsgrad", ""),
+        ("weight_decy", r" \(did you mean weight_decay\?\)"),
+        ("smooth", ""),
+    ],
+)
 @every_class
-def test_an_unknown_argument_is_an_error(cls, name):
-    with pytest.raises(TypeError, match=name):
+def test_an_unknown_argument_is_named_with_the_nearest_and_the_valid_ones(cls, name, hint):
+    with pytest.raises(
+        TypeError, match=f"^{cls.__name__} has no argument '{name}'{hint}; the valid ones are lr, betas, beta"
+    ):
         cls([one()], **{name: 1})
+
+
+@every_class
+def test_the_signature_is_spelt_out(cls):
+    parameters = inspect.signature(cls).parameters
+    assert list(parameters)[:4] == ["params", "lr", "betas", "beta"]
+    assert not {"args", "kwargs"} & set(parameters)
+    assert inspect.getfullargspec(cls.__init__).args[:4] == ["self", "params", "lr", "betas"]
+
+
+@pytest.mark.parametrize(
+    "model", [torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Linear(2, 2))], ids=["", "iterable"]
+)
+@every_class
+def test_a_model_is_no_list_of_parameters(cls, model):
+    for build in (cls, lambda model: cls(params=model)):
+        with pytest.raises(
+            TypeError, match=f"^{cls.__name__}: params is a {type(model).__name__}: pass model.parameters"
+        ):
+            build(model)
+
+
+@pytest.mark.parametrize("lr", [-1e-20, torch.tensor(-1e-9)], ids=["number", "tensor"])
+@pytest.mark.parametrize("foreach", [False, None])
+@every_class
+def test_what_is_negative_by_rounding_counts_as_zero(cls, foreach, lr):
+    p = one()
+    optimizer = cls([p], lr=0.1, weight_decay=0.1, foreach=foreach)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    before, group = p.detach().clone(), optimizer.param_groups[0]
+    group["lr"], group["weight_decay"] = lr, -1e-20
+    optimizer.step()
+    assert torch.equal(p, before) and group["lr"] is lr
+    other = cls([one()])
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.param_groups[0]["params"][0].grad = torch.ones(3)
+    other.step()
+    assert torch.equal(other.param_groups[0]["params"][0], torch.ones(3))
 
 
 @pytest.mark.parametrize(

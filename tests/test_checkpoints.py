@@ -295,6 +295,60 @@ def test_pickles_from_before_a_key_existed_are_completed():
     train(optimizer)
 
 
+# What is checked when, and in which form things are saved
+
+
+def test_a_hook_that_makes_a_damaged_dictionary_changes_nothing():
+    params = parameters()
+    optimizer, other = SadamW(params), SadamW(parameters())
+    train(optimizer), train(other, 7)
+    before = snapshot(optimizer.state_dict())
+
+    def damage(optimizer, state_dict):
+        state_dict["state"][1]["step"] = -1.0
+
+    handle = optimizer.register_load_state_dict_pre_hook(damage)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"parameter 1: step=-1\.0"):
+            optimizer.load_state_dict(copy.deepcopy(other.state_dict()))
+    assert snapshot(optimizer.state_dict()) == before
+    handle.remove()
+    optimizer.load_state_dict(other.state_dict())
+    assert not optimizer._optimizer_load_state_dict_pre_hooks and not optimizer._optimizer_state_dict_post_hooks
+    assert optimizer.state[params[0]]["step"] == 7
+
+
+def test_a_measured_beta_is_saved_as_a_tensor_and_kept_as_a_number():
+    params = parameters()
+    optimizer = SadamW(params)
+    train(optimizer)
+    live = optimizer.state[params[0]]
+    saved = optimizer.state_dict()["state"][0]
+    assert type(live["beta"]) is float and saved["beta"].dtype == torch.float64 and saved["beta"].item() == live["beta"]
+    assert saved["exp_avg"] is live["exp_avg"]
+    optimizer.load_state_dict(
+        {"state": {0: {**saved, "beta": 3.0}}, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+    assert optimizer.state[params[0]]["beta"] == 3.0  # as it was saved before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_saved_beta_is_not_cast_to_the_parameters_dtype(dtype):
+    optimizer = SadamW(parameters(dtype))
+    train(optimizer)
+    before = chosen_betas(optimizer)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert chosen_betas(optimizer) == before
+
+
+def test_warnings_point_at_the_users_line():
+    params = parameters()
+    saved = SadamW(params, beta=3.0).state_dict()
+    with pytest.warns(UserWarning, match="was made with") as caught:
+        SadamW(params).load_state_dict(saved)
+    assert caught[0].filename == __file__
+
+
 # torch.distributed.checkpoint, in one process
 
 

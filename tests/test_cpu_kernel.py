@@ -23,6 +23,10 @@ if isinstance(kernel.load(), str):
     pytest.skip(f"no kernel: {kernel.load()}", allow_module_level=True)
 
 SETS = list(kernel.load().sets)
+NUMBERS = {
+    "lr": 0.1, "beta1": 0.9, "beta2": 0.999, "beta": 50.0, "weight_decay": 0.1, "decoupled": True,
+    "bias_correction": "inner", "maximize": False, "gain": 1.0,
+}  # fmt: skip
 CLASSES = [Sadam, SAMSGrad, SadamW, SAMSGradW]
 every_set = pytest.mark.parametrize("isa", SETS)
 every_class = pytest.mark.parametrize("cls", CLASSES)
@@ -266,6 +270,77 @@ def test_what_the_kernel_does_not_serve_is_not_counted_by_it():
     assert kernel.count(torch.ones(3), torch.ones(3), torch.ones(4), **options) is None
 
 
+# Subnormal numbers
+
+
+SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
+
+
+def subnormal_rows(dtype):
+    """A parameter, a gradient that is zero, and moments that have shrunk to a few of the smallest numbers."""
+    few = torch.arange(1, 5).repeat(500) * SMALLEST[dtype]
+    return [t.to(dtype).clone() for t in (torch.linspace(-1, 1, 2000), torch.zeros(2000), few, few, few)]
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@every_set
+def test_subnormal_moments_of_float32_become_zero(isa, amsgrad):
+    kernel.force(isa)
+    tensors = subnormal_rows(torch.float32)
+    start = tensors[0].clone()
+    options = dict(NUMBERS, weight_decay=0.0)
+    run([*tensors[:4], tensors[4] if amsgrad else None], options)
+    assert not tensors[2].any() and not tensors[3].any() and torch.equal(tensors[0], start)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_set
+def test_subnormal_numbers_of_half_precision_keep_their_value(isa, dtype):
+    kernel.force(isa)
+    p, g, _, _, _ = subnormal_rows(dtype)
+    few = (torch.arange(1, 65).repeat(32)[:2000] * SMALLEST[dtype]).to(dtype)
+    for param, grad, beta1 in ((few.clone(), g, 0.9), (p, few.clone(), 0.0)):
+        kept, m = param.clone(), torch.zeros_like(param)
+        run([param, grad, m, torch.ones_like(param), None], dict(NUMBERS, weight_decay=0.0, beta1=beta1, lr=1e-10))
+        assert torch.equal(param, kept) and torch.equal(m, grad)
+
+
+def flushes():
+    """Whether the threads of torch's pool flush, the caller's own first."""
+    tiny = torch.full((200_000,), 1e-40)
+    return [not bool(part.all()) for part in (tiny * 0.5).chunk(2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("beta", ["auto", 50.0, 9.9e37])
+@every_set
+def test_neither_changes_how_the_callers_threads_are_set_nor_depends_on_it(isa, beta, dtype):
+    kernel.force(isa)
+    torch.set_num_threads(2)
+    found = []
+    for flush in (False, True):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter((torch.randn(100_003) * 10 ** (-40 * torch.rand(100_003))).to(dtype))]
+        optimizer = Sadam(params, beta=beta, lr=0.1, weight_decay=0.1)
+        grads = [(torch.randn(100_003) * 10 ** (-40 * torch.rand(100_003))).to(dtype) for _ in range(4)]
+        before = flushes()
+        try:
+            if not torch.set_flush_denormal(flush):
+                pytest.skip("this processor does not flush")
+            given = flushes()
+            for grad in grads:
+                params[0].grad = grad
+                optimizer.step()
+            assert flushes() == given
+        finally:
+            torch.set_flush_denormal(False)
+        assert flushes() == before
+        (state,) = optimizer.state.values()
+        found.append([params[0].detach(), state["exp_avg"], state["exp_avg_sq"], state.get("beta")])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if torch.is_tensor(a) else a == b
+
+
 # The optimizer with the kernel
 
 
@@ -370,7 +445,8 @@ def test_what_it_does_not_serve_falls_back_one_by_one(cls, beta, fused):
                 p.grad = torch.randn_like(p)
         a.step(), b.step()
     served = kernel_table(a).served
-    assert dict(zip(ones, served, strict=True)) == {name: name in ("plain", "half") for name in ones}
+    ours = ("plain", "half", "transposed", "channels last")
+    assert dict(zip(ones, served, strict=True)) == {name: name in ours for name in ones}
     for p, q in zip(ones.values(), others.values(), strict=True):
         torch.testing.assert_close(p, q, rtol=2e-2 if p.dtype == torch.bfloat16 else 2e-6, atol=1e-6)
         assert a.state[p]["step"] == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -14,9 +15,9 @@ import torch
 if not torch.distributed.is_available():
     pytest.skip("torch was built without torch.distributed", allow_module_level=True)
 
-from distributed_worker import cases, fresh, train
+from distributed_worker import FullyShardedDataParallel, cases, fresh, train
 
-from sadam_integrations import chosen_betas
+from sadam_integrations import SadamW, chosen_betas
 
 
 def start(worker, folder, *words, world):
@@ -90,3 +91,19 @@ def test_a_checkpoint_moves_from_one_process_to_two_to_three_to_one_and_survives
         torch.testing.assert_close(weights, dict(alone.state_dict()), rtol=2e-5, atol=1e-6)
         if kind.options["beta"] == "auto":
             assert betas == pytest.approx(chosen_betas(optimizer, alone), rel=1e-4)
+
+
+def test_fsdp1_behind_a_frozen_garbage_collector():
+    """Nothing leads from a parameter to its shards then: it goes on with what this process has, and says so."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = FullyShardedDataParallel(fresh(), device_id=torch.device("cpu"), use_orig_params=True)
+        optimizer = SadamW(model.parameters())
+        gc.freeze()
+        with pytest.warns(UserWarning, match="record of a parameter was not found.*or give beta a number"):
+            train(model, optimizer, steps=1)
+        assert all(chosen_betas(optimizer).values())
+    finally:
+        gc.unfreeze()
+        dist.destroy_process_group()

@@ -88,6 +88,40 @@ def test_a_program_that_starts_accelerate_hands_the_names_on(before, tmp_path):
     assert seen == [["seen.json", "--optim=sadamw"], str(tmp_path), True, "__main__"]
 
 
+SPAWNING = """
+import json, multiprocessing, sys, torch
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+
+def names(i, path=None):
+    from transformers import Trainer
+    from transformers.trainer import DEFAULT_CALLBACKS
+    from transformers.training_args import OptimizerNames
+
+    found = ["sadamw" in {name.value for name in OptimizerNames}, [c.__name__ for c in DEFAULT_CALLBACKS][-1]]
+    if path is not None:
+        Path(f"{path}.{i}").write_text(json.dumps(found))
+    return found
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(names, (sys.argv[1],), nprocs=2)
+    for method in ("spawn", "forkserver"):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(method)) as pool:
+            Path(f"{sys.argv[1]}.{method}").write_text(json.dumps(list(pool.map(names, [0]))[0]))
+"""
+
+
+@pytest.mark.parametrize("option", [[], ["--monitor"]])
+def test_processes_that_a_script_spawns_know_the_names(option, tmp_path):
+    (tmp_path / "script.py").write_text(SPAWNING)
+    assert subprocess.run([sys.executable, *LAUNCH, *option, "script.py", "seen"], cwd=tmp_path).returncode == 0
+    for end in ("0", "1", "spawn", "forkserver"):
+        known, callback = json.loads((tmp_path / f"seen.{end}").read_text())
+        assert known and (callback == "ALRCallback") == bool(option), end
+
+
 def test_handing_on_twice_or_a_program_that_is_not_python_changes_nothing(monkeypatch):
     from accelerate.commands import launch as accelerate
 

@@ -271,6 +271,17 @@ def test_the_names_of_the_learning_rate_monitor(tmp_path):
     assert {name + end for name in names for end in ("", "-weight_decay", "-momentum")} <= set(header)
 
 
+@pytest.mark.parametrize("cls", [SadamW, torch.optim.AdamW])
+def test_the_groups_of_two_models_under_the_learning_rate_monitor(cls, tmp_path):
+    def configure_optimizers(self):
+        return cls(param_groups(self.net[0]) + param_groups(self.net[3]), lr=0.01)
+
+    monitor = L.callbacks.LearningRateMonitor()
+    logger = L.loggers.CSVLogger(tmp_path)
+    fit(lit(configure_optimizers=configure_optimizers), callbacks=[monitor], logger=logger, log_every_n_steps=1)
+    assert list(monitor.lrs) == [f"lr-{cls.__name__}/pg{i}" for i in (1, 2, 3, 4)]
+
+
 @pytest.mark.parametrize("tensor", [False, True])
 def test_schedulers_reach_every_step(tensor):
     def configure_optimizers(self):

@@ -14,6 +14,7 @@ from sadam_integrations.backends.cpu import instruction_set
 from sadam_integrations.calibration import is_due
 from sadam_integrations.plots.speed import speed_figure
 
+BATCH = 2048
 SPEED = recipe.load(recipe.recipes_folder() / "step_speed.py")
 
 
@@ -34,7 +35,7 @@ def test_a_small_run_through_the_command_line(tmp_path, capsys):
     )
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     rows = result["history"]["steps"]
-    assert len(rows) == 3 * 2 * 4 and {row["setting"] for row in rows} == {"1 thread", "2 threads"}
+    assert len(rows) == 5 * 2 * 4 and {row["setting"] for row in rows} == {"1 thread", "2 threads"}
     for row in rows:
         samsgrad, amsgrad = row["optimizer"] == "SAMSGradW", row["optimizer"] in ("SAMSGradW", "AMSGrad fused")
         assert row["baseline"] == ("AMSGrad fused" if samsgrad else "AdamW fused")
@@ -52,16 +53,52 @@ def test_a_small_run_through_the_command_line(tmp_path, capsys):
 
 
 def test_the_tensors_are_those_of_the_models():
-    from transformers import BertConfig, BertModel, ViTConfig, ViTForImageClassification
+    from transformers import (
+        BertConfig,
+        BertModel,
+        ResNetConfig,
+        ResNetForImageClassification,
+        ViTConfig,
+        ViTForImageClassification,
+    )
 
     small = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
     with torch.device("meta"):
         bert = BertModel(BertConfig())
         vit = ViTForImageClassification(ViTConfig(**small, num_labels=1000))
-    for name, model in (("bert", bert), ("vit", vit)):
-        shapes = [tuple(p.shape) for p in model.parameters()]
-        assert sorted(SPEED.WORKLOADS[name][1]) == sorted(shapes)
-    assert [len(shapes) for _, shapes in SPEED.WORKLOADS.values()] == [199, 200, 2000]
+        resnet = ResNetForImageClassification(ResNetConfig(num_labels=1000))
+    for name, model in (("bert", bert), ("vit", vit), ("resnet", resnet), ("embeddings", bert.embeddings)):
+        shapes = [tuple(p.shape) for p in model.parameters() if name != "embeddings" or p.dim() == 2]
+        assert sorted(SPEED.WORKLOADS[name].shapes) == sorted(shapes)
+    assert [len(workload.shapes) for workload in SPEED.WORKLOADS.values()] == [199, 200, 161, 2000, 3]
+
+
+def test_convolutions_their_gradients_and_their_state_lie_channels_last():
+    params = SPEED.Workload("", [(8, 4, 3, 3), (5, 7)], channels_last=True).tensors("cpu")
+    for optimizer in (SPEED.prepare(SPEED.CONTESTANTS[name], params)[0] for name in ("SadamW", "AdamW fused")):
+        for t in (params[0], params[0].grad, *(optimizer.state[params[0]][key] for key in ("exp_avg", "exp_avg_sq"))):
+            assert t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def test_the_state_after_many_steps_is_what_many_steps_make():
+    """Beside an optimizer that takes them: the rows that are subnormal, and those that never came."""
+    workload = SPEED.Workload("", [(3000, 4)], steps=1500)
+    params = workload.tensors("cpu")
+    aged, _, _ = SPEED.prepare(SPEED.CONTESTANTS["AdamW fused"], params, workload)
+    real = torch.optim.AdamW(params)
+    steps = torch.arange(workload.steps).repeat_interleave(BATCH)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.multinomial(1 / torch.arange(1.0, 3001), len(steps), True, generator=generator)
+    for rows in tokens.view(workload.steps, BATCH):
+        params[0].grad = torch.zeros(3000, 4)
+        params[0].grad[rows] = torch.randn(3000, 4)[rows] * 1e-3
+        real.step()
+    for key, smallest in (("exp_avg", 1e-38), ("exp_avg_sq", 1e-12)):
+        mine, theirs = (optimizer.state[params[0]][key].abs() for optimizer in (aged, real))
+        assert torch.equal(mine == 0, theirs == 0)
+        tiny = [((t > 0) & (t < smallest)).float().mean().item() for t in (mine, theirs)]
+        assert tiny[0] == pytest.approx(tiny[1], abs=0.03), (key, tiny)
+    assert (aged.state[params[0]]["exp_avg"].abs() > 0).float().mean() > 0.5
 
 
 def test_a_ratio_is_of_the_times_of_one_round():
@@ -84,7 +121,7 @@ def test_each_round_has_one_step_of_each_in_random_order(monkeypatch):
         return {"wall": 0.5 if name == "SadamW" else 2.0}
 
     monkeypatch.setattr(SPEED, "timed", timed)
-    params = SPEED.tensors([(8, 4), (3,)], "cpu")
+    params = SPEED.Workload("", [(8, 4), (3,)]).tensors("cpu")
     (row,) = SPEED.measure(SPEED.CONTESTANTS["SadamW"], params, 20, {"wall": 1.0})
     assert row["ratio"] == 0.25 and row["milliseconds"] == 500
     rounds = [order[i : i + 2] for i in range(0, len(order), 2)]
@@ -94,7 +131,7 @@ def test_each_round_has_one_step_of_each_in_random_order(monkeypatch):
 
 
 def test_beta_is_settled_and_not_measured_in_a_measured_step():
-    params = SPEED.tensors([(8, 4)], "cpu")
+    params = SPEED.Workload("", [(8, 4)]).tensors("cpu")
     optimizer, step, _ = SPEED.prepare(SPEED.CONTESTANTS["SAMSGradW"], params)
     for _ in range(SPEED.WARM_UP + 30):
         step()
@@ -156,13 +193,13 @@ def test_an_instruction_set_can_be_forced(tmp_path, capsys):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads what Linux tells about a process")
 def test_extra_memory_sees_a_temporary():
-    size, params = 64_000_000, SPEED.tensors([(2,)], "cpu")
+    size, params = 64_000_000, SPEED.Workload("", [(2,)]).tensors("cpu")
     assert SPEED.extra_memory(lambda: torch.ones(size, dtype=torch.uint8), params) == pytest.approx(size, rel=0.05)
     assert SPEED.extra_memory(lambda: None, params) < size / 20
 
 
 def test_an_optimizer_that_drops_the_gradients_gets_them_back():
-    params, seen = SPEED.tensors([(4,), (3,)], "cpu"), []
+    params, seen = SPEED.Workload("", [(4,), (3,)]).tensors("cpu"), []
 
     def step():
         seen.append([p.grad is not None for p in params])

@@ -9,6 +9,7 @@
 #error "the CPU kernel needs GCC or Clang"
 #endif
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -16,29 +17,25 @@
 #include <cpuid.h>
 #endif
 
-/* Subnormal floats cost some processors a hundred times an operation, and a moment that nothing is added to gets stuck
-   among them: round-to-nearest never takes the smallest times 0.9 to zero. So float32 tensors are computed with results
-   and operands flushed to zero; in half precision, whose subnormals may be the data, nothing is. Neither depends on how
-   the caller's thread is set, which is left as it was. */
+/* Subnormal floats cost some processors a hundred times an operation, and a moment that nothing is added to ends as one:
+   rounding to nearest never takes the smallest times 0.9 to zero. So they count as zero where float32 tensors are
+   computed, but not in half precision, where they may be the data; however the caller's thread is set. */
 #if defined(__x86_64__)
-typedef unsigned Mode;
-#define FLUSH 0x8040u /* flush-to-zero, denormals-are-zero */
-static Mode mode(void) { return __builtin_ia32_stmxcsr(); }
-static void set_mode(Mode to) { __builtin_ia32_ldmxcsr(to); }
+#define FLUSH ((uint64_t)0x8040) /* flush-to-zero, denormals-are-zero */
+static uint64_t mode(void) { return __builtin_ia32_stmxcsr(); }
+static void set_mode(uint64_t to) { __builtin_ia32_ldmxcsr((unsigned)to); }
 #elif defined(__aarch64__)
-typedef uint64_t Mode;
 #define FLUSH ((uint64_t)1 << 24)
-static Mode mode(void) {
-    Mode now;
+static uint64_t mode(void) {
+    uint64_t now;
     __asm__ volatile("mrs %0, fpcr" : "=r"(now));
     return now;
 }
-static void set_mode(Mode to) { __asm__ volatile("msr fpcr, %0" : : "r"(to)); }
+static void set_mode(uint64_t to) { __asm__ volatile("msr fpcr, %0" : : "r"(to)); }
 #else
-typedef unsigned Mode;
-#define FLUSH 0u
-static Mode mode(void) { return 0; }
-static void set_mode(Mode to) { (void)to; }
+#define FLUSH ((uint64_t)0)
+static uint64_t mode(void) { return 0; }
+static void set_mode(uint64_t to) { (void)to; }
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
@@ -74,7 +71,6 @@ typedef struct {
 typedef struct Factors {
     float x, rate, log1p[9];
 } Factors;
-
 typedef struct {
     float coupled, shrink, beta1, one_minus_beta1, beta2, one_minus_beta2;
 } Constants;
@@ -227,7 +223,7 @@ typedef struct {
     int32_t decoupled, maximize, amsgrad, dtype;
 } Counting;
 
-/* What cpu.py compares with its own before it calls anything. */
+/* What cpu.py compares with its own. */
 EXPORT const int64_t sadam_sizes[] = {sizeof(Options), sizeof(Table), sizeof(Counting), sizeof(Factors)};
 
 #define BINS 2048
@@ -311,7 +307,7 @@ typedef struct {
 static void run(int64_t begin, int64_t end, void *context) {
     const Work *w = context;
     const Table *t = w->table;
-    const Mode callers = mode();
+    const uint64_t callers = mode();
     int64_t low = 0, high = t->n; /* the tensor that holds block `begin` */
     while (high - low > 1) {
         int64_t middle = (low + high) / 2;
@@ -323,7 +319,8 @@ static void run(int64_t begin, int64_t end, void *context) {
         if (start < 0) start = 0;
         if (stop > t->numel[k]) stop = t->numel[k];
         if (start >= stop) continue;
-        set_mode(t->dtype[k] == FLOAT32 ? callers | FLUSH : callers & ~FLUSH);
+        const int flush = t->dtype[k] == FLOAT32 && t->factors[k].log1p[8] >= FLT_MIN; /* which a huge beta is not */
+        set_mode(flush ? callers | FLUSH : callers & ~FLUSH);
         w->kernel(t->param[k], t->grad[k], t->exp_avg[k], t->exp_avg_sq[k],
                   w->amsgrad ? t->max_exp_avg_sq[k] : 0, start, stop, w->constants, t->factors[k],
                   w->bare && t->dtype[k] == FLOAT32 ? BARE : t->dtype[k], w->amsgrad, w->coupled);
@@ -347,7 +344,9 @@ EXPORT int sadam_step(const Table *t, const Options *o, int instruction_set, Par
 #else
     (void)instruction_set;
 #endif
+    const uint64_t callers = mode();
     double counted = -1, for_lr = 1, for_root = 1;
+    set_mode(callers & ~FLUSH);
     for (int64_t k = 0; k < t->n; k++) {
         double step = *t->step[k] += 1.0f;
         if (step != counted && o->correction != NONE) {
@@ -362,6 +361,7 @@ EXPORT int sadam_step(const Table *t, const Options *o, int instruction_set, Par
         f->rate = t->beta[k] ? (float)(o->gain * o->lr * for_lr / for_root) : 0.0f;
         for (int i = 0; i < 9; i++) f->log1p[i] = (float)(LOG1P[i] * scale);
     }
+    set_mode(callers);
     int64_t all = t->first_block[t->n];
     if (parallel_for) return parallel_for(0, all, 32768 / BLOCK, run, &work);
     run(0, all, &work);
@@ -376,7 +376,7 @@ typedef struct {
 static void run_count(int64_t begin, int64_t end, void *context) {
     const Counted *w = context;
     uint32_t bins[4][BINS] = {{0}};
-    const Mode callers = mode();
+    const uint64_t callers = mode();
     set_mode(w->counting->dtype == FLOAT32 ? callers | FLUSH : callers & ~FLUSH);
     w->counter(w->counting, begin, end, bins);
     set_mode(callers);

@@ -31,7 +31,7 @@ BUILDING = [
         "Give a float or `torch.tensor(1e-3)`; a learning rate for each group goes into the groups.",
     ),
     Row(
-        "Invalid learning rate: <…>: lr is at least",
+        "Invalid learning rate: <value>: lr is at least",
         build(lr=torch.tensor(-1.0)),
         "`lr` is a tensor that is negative, infinite or not a number.",
         "Give a learning rate of 0 or more.",
@@ -63,7 +63,7 @@ BUILDING = [
     Row(
         "betas are two plain numbers",
         build(betas=(0.9, "x")),
-        "One of `betas` is a text, a bool or a tensor.",
+        "One of `betas` is a text, a bool, or a tensor with several numbers.",
         "Give two floats.",
     ),
     Row("each of betas is in [0, 1)", build(betas=(1.0, 0.9)), "One of `betas` is out of its range.", "Lower it."),
@@ -76,7 +76,7 @@ BUILDING = [
     Row(
         'beta is a positive number or "auto"',
         build(beta="50"),
-        "`beta` is a text other than `auto`, a bool, a tensor or `None`.",
+        "`beta` is a text other than `auto`, a bool, several numbers or `None`.",
         'Give a number or `"auto"`.',
     ),
     Row(
@@ -172,6 +172,18 @@ BUILDING = [
         "Take one of those that the message lists.",
     ),
     Row(
+        "<name> has no argument <key><…>",
+        lambda place: Sadam([one()], eps=1e-8),
+        "A keyword is misspelt, or another optimizer's (`eps`).",
+        "Take one of those that the message lists.",
+    ),
+    Row(
+        "pass model.parameters()",
+        lambda place: Sadam(torch.nn.Linear(2, 2)),
+        "A model was given where parameters are taken.",
+        "Give `model.parameters()`, `param_groups(model)`, or the model to `create_optimizer`.",
+    ),
+    Row(
         "has no softplus beta",
         "test_auto.py::test_chosen_betas_are_named_and_reading_them_changes_nothing",
         "The chosen betas of an optimizer of another package were asked for.",
@@ -223,10 +235,16 @@ STEPPING = [
         "Take the ordinary steps that the message asks for first, or give `beta` a number.",
     ),
     Row(
-        "measures the flat pieces that",
-        "test_auto.py::test_flat_pieces_of_fsdp1_are_measured_and_that_is_said_once",
-        "FSDP1 and DeepSpeed's ZeRO hand the optimizer pieces of all parameters, laid end to end.",
-        "Shard with `fully_shard` (FSDP2), or give `beta` a number.",
+        "measures one beta for each flat tensor",
+        "test_auto.py::test_flat_parameters_of_fsdp1_are_measured_and_that_is_said_once",
+        "FSDP1 with `use_orig_params=False`, and DeepSpeed's ZeRO, lay several parameters end to end into one tensor.",
+        "Give FSDP1 `use_orig_params=True`, shard with `fully_shard` (FSDP2), or give `beta` a number.",
+    ),
+    Row(
+        "record of a parameter was not found",
+        "test_distributed.py::test_fsdp1_behind_a_frozen_garbage_collector",
+        "The garbage collector, which leads from a parameter of FSDP1 to its shards, was told to forget what there is.",
+        "Call `gc.freeze()` after the first step; or give `beta` a number.",
     ),
     Row(
         "has been freed",
@@ -290,12 +308,6 @@ LOADING = [
         load(changed("exp_avg", torch.zeros(4))),
         "The model is another one, or its parameters come in another order.",
         "Build the optimizer as it was built for the checkpoint.",
-    ),
-    Row(
-        "that are in none of its groups",
-        load(lambda saved: saved["state"].update({7: saved["state"][0]})),
-        "The checkpoint was put together by hand, or is damaged.",
-        "None, if that is meant: those states belong to no parameter.",
     ),
     Row(
         "the checkpoint has no moments",
